@@ -1,0 +1,38 @@
+"""timm_atac: the ATAC networks of "Attention as Activation" in timm. The public names, loaded on first use."""
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, List
+
+from ._autoload import arm as _arm
+
+if TYPE_CHECKING:
+    from .atac_resnet import AtacResNet as AtacResNet
+    from .cifar_resnet import CifarResNet as CifarResNet
+    from .layers import ATAC as ATAC
+    from .layers import LocalSE as LocalSE
+    from .layers import NiN as NiN
+    from .layers import SEActivation as SEActivation
+
+__version__ = '0.1.0'
+
+_HOMES = {
+    'ATAC': 'layers',
+    'AtacResNet': 'atac_resnet',
+    'CifarResNet': 'cifar_resnet',
+    'LocalSE': 'layers',
+    'NiN': 'layers',
+    'SEActivation': 'layers',
+}
+__all__ = [*_HOMES, '__version__']  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+    return getattr(import_module(f'{__name__}.{_HOMES[name]}'), name)
+
+
+def __dir__() -> List[str]:
+    return sorted({*globals(), *_HOMES})
+
+
+_arm()

@@ -1,0 +1,157 @@
+"""ATAC-ResNets for ImageNet: timm's ResNet with attentional activations in the residual branches of chosen stages.
+
+Paper: `Attention as Activation` - https://arxiv.org/abs/2007.07729 (Dai et al., ICPR 2020)
+"""
+from functools import partial
+from typing import Any, Callable, Dict, Optional, Sequence, Type, Union
+
+import torch
+import torch.nn as nn
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import LayerType
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models.resnet import BasicBlock, Bottleneck, ResNet
+
+from .placement import check_stages, create_activation, init_weights
+
+__all__ = ['AtacBasicBlock', 'AtacBottleneck', 'AtacResNet']
+
+
+class AtacBasicBlock(BasicBlock):
+    """timm's `BasicBlock` with `unit_layer(channels)` for `act1`; the ReLU after the addition stays."""
+
+    def __init__(self, *args, unit_layer: Callable[..., nn.Module], device=None, dtype=None, **kwargs) -> None:
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__(*args, **kwargs, **dd)
+        self.act1 = unit_layer(self.conv1.out_channels, norm_layer=kwargs.get('norm_layer'), **dd)
+
+
+class AtacBottleneck(Bottleneck):
+    """timm's `Bottleneck` with `unit_layer(channels)` for `act1` and `act2`; the ReLU after the addition stays."""
+
+    def __init__(self, *args, unit_layer: Callable[..., nn.Module], device=None, dtype=None, **kwargs) -> None:
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__(*args, **kwargs, **dd)
+        self.act1 = unit_layer(self.conv1.out_channels, norm_layer=kwargs.get('norm_layer'), **dd)
+        self.act2 = unit_layer(self.conv2.out_channels, norm_layer=kwargs.get('norm_layer'), **dd)
+
+
+class _StageBlock(partial):
+    """A block with its unit bound, as `ResNet` wants the block of a stage: callable, and with an `expansion`."""
+
+    @property
+    def expansion(self) -> int:
+        return self.func.expansion
+
+
+_UNIT_BLOCKS: Dict[type, type] = {BasicBlock: AtacBasicBlock, Bottleneck: AtacBottleneck}
+
+
+class AtacResNet(ResNet):
+    """timm's ResNet whose blocks have ATAC for the activations inside the residual branch, in chosen stages.
+
+    The stem's activation and the one after each addition are ReLUs.
+
+    Args:
+        block: timm's `BasicBlock` or `Bottleneck`.
+        layers: Blocks in each of the four stages.
+        atac_stages: Stages, of 1 to 4, whose blocks get the unit. The paper's network has it in the last two.
+        act_layer: The unit: 'atac', 'se_act', 'nin', another activation, or a `partial` with options of its own.
+        rd_ratio: Width of the units' bottleneck over their channels, None for the unit's own (0.5).
+        zero_init_last: Initialise the last norm of each block to zero.
+        **kwargs: Arguments of timm's `ResNet`; a `norm_layer` goes into the units as well.
+
+    Raises:
+        ValueError: `atac_stages` names a stage there is not, or `rd_ratio` goes with an `act_layer` that takes none.
+
+    Source:
+        Section 4.1, "ATAC-ResNet-50" of Table 4; initialisation and placement as in the authors' `ResNet50_v1bATAC`.
+    """
+
+    def __init__(
+            self,
+            block: Type[Union[BasicBlock, Bottleneck]],
+            layers: Sequence[int],
+            atac_stages: Sequence[int] = (3, 4),
+            act_layer: LayerType = 'atac',
+            rd_ratio: Optional[float] = None,
+            **kwargs,
+    ) -> None:
+        stages = check_stages(atac_stages, num_stages=len(layers))
+        unit_layer = partial(create_activation, act_layer, rd_ratio=rd_ratio)
+        unit_block = _StageBlock(_UNIT_BLOCKS[block], unit_layer=unit_layer)
+        blocks = tuple(unit_block if stage in stages else block for stage in range(1, len(layers) + 1))
+        super().__init__(blocks, layers, **kwargs)
+
+    @torch.jit.ignore
+    def init_weights(self, zero_init_last: bool = True) -> None:
+        """Initialise as the authors do; `zero_init_last` makes each block start as the identity."""
+        init_weights(self, zero_init_last)
+
+
+def _create_atac_resnet(variant: str, pretrained: bool = False, **kwargs) -> AtacResNet:
+    return build_model_with_cfg(AtacResNet, variant, pretrained, **kwargs)
+
+
+def _cfg(url: str = '', **kwargs) -> Dict[str, Any]:
+    return {
+        'url': url,
+        'num_classes': 1000, 'input_size': (3, 224, 224), 'pool_size': (7, 7),
+        'crop_pct': 0.875, 'interpolation': 'bilinear',
+        'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD,
+        'first_conv': 'conv1', 'classifier': 'fc',
+        'paper_ids': 'arXiv:2007.07729', 'paper_name': 'Attention as Activation',
+        **kwargs,
+    }
+
+
+default_cfgs = generate_default_cfgs({
+    'atac_resnet18.untrained': _cfg(),
+    'atac_resnet34.untrained': _cfg(),
+    'atac_resnet50.untrained': _cfg(),
+    'atac_resnet50_full.untrained': _cfg(),
+    'atac_resnet101.untrained': _cfg(),
+    'atac_resnext50_32x4d.untrained': _cfg(),
+})
+
+
+@register_model
+def atac_resnet18(pretrained: bool = False, **kwargs) -> AtacResNet:
+    """ResNet-18 with ATAC for the first activation of the blocks of stages 3 and 4."""
+    model_args = dict(block=BasicBlock, layers=(2, 2, 2, 2))
+    return _create_atac_resnet('atac_resnet18', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def atac_resnet34(pretrained: bool = False, **kwargs) -> AtacResNet:
+    """ResNet-34 with ATAC for the first activation of the blocks of stages 3 and 4."""
+    model_args = dict(block=BasicBlock, layers=(3, 4, 6, 3))
+    return _create_atac_resnet('atac_resnet34', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def atac_resnet50(pretrained: bool = False, **kwargs) -> AtacResNet:
+    """ATAC-ResNet-50 of the paper's Table 4: ATAC for the first two activations of the blocks of stages 3 and 4."""
+    model_args = dict(block=Bottleneck, layers=(3, 4, 6, 3))
+    return _create_atac_resnet('atac_resnet50', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def atac_resnet50_full(pretrained: bool = False, **kwargs) -> AtacResNet:
+    """The fully attentional ResNet-50: ATAC for the first two activations of every block."""
+    model_args = dict(block=Bottleneck, layers=(3, 4, 6, 3), atac_stages=(1, 2, 3, 4))
+    return _create_atac_resnet('atac_resnet50_full', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def atac_resnet101(pretrained: bool = False, **kwargs) -> AtacResNet:
+    """ResNet-101 with ATAC for the first two activations of the blocks of stages 3 and 4."""
+    model_args = dict(block=Bottleneck, layers=(3, 4, 23, 3))
+    return _create_atac_resnet('atac_resnet101', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def atac_resnext50_32x4d(pretrained: bool = False, **kwargs) -> AtacResNet:
+    """ResNeXt-50 32x4d with ATAC for the first two activations of the blocks of stages 3 and 4."""
+    model_args = dict(block=Bottleneck, layers=(3, 4, 6, 3), cardinality=32, base_width=4)
+    return _create_atac_resnet('atac_resnext50_32x4d', pretrained, **dict(model_args, **kwargs))

@@ -1,0 +1,104 @@
+"""Which activation goes where in a network, and how it is made once its width is known."""
+from functools import partial
+from inspect import signature
+from typing import TYPE_CHECKING, Any, Callable, Dict, Optional, Sequence, Tuple
+
+import torch.nn as nn
+
+from .layers import init_weight_
+
+if TYPE_CHECKING:
+    from timm.layers.typing import LayerType
+
+__all__ = ['check_stages', 'create_activation', 'init_weights']
+
+
+def create_activation(
+        act_layer: Optional['LayerType'],
+        channels: int,
+        rd_ratio: Optional[float] = None,
+        norm_layer: Optional['LayerType'] = None,
+        device=None,
+        dtype=None,
+) -> nn.Module:
+    """Create the activation of a feature map whose width is known.
+
+    A layer whose constructor takes `channels` (ATAC and its relatives, timm's channel attentions) gets the width and
+    those of the other arguments that it takes; any other is created as timm does it.
+
+    Args:
+        act_layer: Name known to timm, class, or `partial` of one, whose own arguments win over `norm_layer`. None is
+            the identity.
+        channels: Width C of the feature map (B, C, H, W).
+        rd_ratio: Width of the bottleneck over C, None for the layer's own.
+        norm_layer: Normalisation inside the layer, None for the layer's own.
+
+    Raises:
+        ValueError: A name timm does not know, or `rd_ratio` for a layer that takes none or has it bound already.
+    """
+    from timm.layers import create_act_layer, get_act_layer
+    try:
+        layer = get_act_layer(act_layer)
+    except KeyError:
+        raise ValueError(
+            f"act_layer={act_layer!r}: no activation of that name in timm; expected 'atac', 'se_act', 'nin', "
+            f"a name such as 'relu' or 'silu', or a class."
+        ) from None
+    if layer is None:
+        return nn.Identity()
+
+    accepted = signature(layer).parameters
+    bound: Dict[str, Any] = layer.keywords if isinstance(layer, partial) else {}
+    if rd_ratio is not None and ('rd_ratio' not in accepted or 'rd_ratio' in bound):
+        reason = 'has its own already' if 'rd_ratio' in bound else 'has no bottleneck to set the width of'
+        raise ValueError(f'rd_ratio={rd_ratio!r} together with act_layer={act_layer!r}, which {reason}: drop one.')
+    if 'channels' not in accepted:
+        return create_act_layer(layer, inplace=True)
+
+    options = dict(channels=channels, rd_ratio=rd_ratio, norm_layer=norm_layer, device=device, dtype=dtype)
+    return layer(**{
+        name: value for name, value in options.items()
+        if value is not None and name in accepted and name not in bound
+    })
+
+
+def check_stages(atac_stages: Sequence[int], num_stages: int) -> Tuple[int, ...]:
+    """Check the stages that get the unit.
+
+    Args:
+        atac_stages: Stage numbers from 1, in any order; `()` is none.
+        num_stages: The highest number there is.
+
+    Returns:
+        The stages, sorted.
+
+    Raises:
+        ValueError: Not a sequence of different integers in 1..num_stages.
+    """
+    allowed = range(1, num_stages + 1)
+    stages = tuple(atac_stages) if isinstance(atac_stages, (list, tuple, set, frozenset, range)) else None
+    if stages is None or len(set(stages)) < len(stages) or not all(type(s) is int and s in allowed for s in stages):
+        raise ValueError(
+            f'atac_stages={atac_stages!r}: expected a tuple of different stage numbers from '
+            f'{tuple(allowed)}, such as ({num_stages - 1}, {num_stages}), or () for none.'
+        )
+    return tuple(sorted(stages))
+
+
+def init_weights(model: nn.Module, zero_init_last: bool) -> None:
+    """Initialise a network as the authors do: He for convolutions and classifier, biases zero, norms one and zero.
+
+    Args:
+        model: Network, changed in place.
+        zero_init_last: Call `zero_init_last` of every block, so that it starts as the identity.
+    """
+    for module in model.modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            init_weight_(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    if zero_init_last:
+        for module in model.modules():
+            zero_init: Optional[Callable[[], None]] = getattr(module, 'zero_init_last', None)
+            if zero_init is not None:
+                zero_init()

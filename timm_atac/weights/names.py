@@ -1,0 +1,112 @@
+"""The table of names between the authors' MXNet networks and ours, in both directions.
+
+The authors' names are those of `save_parameters` in https://github.com/YimianDai/open-atac. Every name is spelled out
+by a table below; nothing is paired by order or shape.
+"""
+from typing import Dict, List
+
+import torch.nn as nn
+
+from ..atac_resnet import AtacResNet
+from ..cifar_resnet import CifarResNet
+from ..layers import ChannelBottleneck, SEActivation
+
+__all__ = ['FIXED', 'open_atac_names']
+
+FIXED = {'features.0.gamma': 1., 'features.0.beta': 0.}
+"""Arrays of the authors' CIFAR networks that ours do without, with their value: the data norm has no affine."""
+
+_CIFAR = {
+    'data_bn': 'features.0',
+    'conv1': 'features.1',
+    'stages.0': 'features.2',
+    'stages.1': 'features.3',
+    'stages.2': 'features.4',
+    'norm': 'features.5',
+    'act': 'features.6',
+    'fc': 'output',
+}
+_CIFAR_BLOCK = {
+    'bn1': 'bn1',
+    'act1': 'msAA1',
+    'conv1': 'conv1',
+    'bn2': 'bn2',
+    'act2': 'msAA2',
+    'conv2': 'conv2',
+    'downsample': 'downsample',
+}
+_IMAGENET = {
+    'conv1': 'conv1',
+    'bn1': 'bn1',
+    'layer1': 'layer1',
+    'layer2': 'layer2',
+    'layer3': 'layer3',
+    'layer4': 'layer4',
+    'fc': 'fc',
+}
+_IMAGENET_BLOCK = {
+    'conv1': 'conv1',
+    'bn1': 'bn1',
+    'act1': 'relu1',
+    'conv2': 'conv2',
+    'bn2': 'bn2',
+    'act2': 'relu2',
+    'conv3': 'conv3',
+    'bn3': 'bn3',
+    'downsample.0': 'downsample.0',
+    'downsample.1': 'downsample.1',
+}
+_NORM = {'weight': 'gamma', 'bias': 'beta', 'running_mean': 'running_mean', 'running_var': 'running_var'}
+_AFFINE = {'weight': 'weight', 'bias': 'bias'}
+
+
+def open_atac_names(model: nn.Module) -> Dict[str, str]:
+    """Names of a model's parameters and running statistics in the authors' networks.
+
+    Args:
+        model: `AtacResNet` of bottleneck blocks (the authors' ResNet-50 v1b) or `CifarResNet`.
+
+    Returns:
+        Our state-dict key -> the authors' name, one to one, in the order of the state dict. `num_batches_tracked` has
+        no counterpart and is left out; `FIXED` holds what is the other way round.
+
+    Raises:
+        ValueError: The model has a part the authors' networks do not, named in the message.
+    """
+    if isinstance(model, CifarResNet):
+        parts, block_parts, stages = _CIFAR, _CIFAR_BLOCK, [f'stages.{i}' for i in range(len(model.stages))]
+    elif isinstance(model, AtacResNet):
+        parts, block_parts, stages = _IMAGENET, _IMAGENET_BLOCK, ['layer1', 'layer2', 'layer3', 'layer4']
+    else:
+        raise ValueError(f"{type(model).__name__}: expected one of the authors' networks, AtacResNet or CifarResNet.")
+
+    modules = dict(parts)
+    for stage in stages:
+        theirs = modules.pop(stage)
+        for index in range(len(model.get_submodule(stage))):  # type: ignore[arg-type]
+            modules.update({f'{stage}.{index}.{k}': f'{theirs}.{index}.{v}' for k, v in block_parts.items()})
+    for path, module in model.named_modules():
+        if path in modules and isinstance(module, ChannelBottleneck):
+            theirs = modules.pop(path)
+            modules.update({f'{path}.{k}': f'{theirs}.{v}' for k, v in _unit_parts(module).items()})
+
+    names = {}
+    for key in model.state_dict():
+        path, _, leaf = key.rpartition('.')
+        if leaf == 'num_batches_tracked':
+            continue
+        leaves = _NORM if isinstance(model.get_submodule(path), nn.BatchNorm2d) else _AFFINE
+        if path not in modules or leaf not in leaves:
+            raise ValueError(f"{key!r} of {type(model).__name__} has no counterpart in the authors' networks.")
+        names[key] = f'{modules[path]}.{leaves[leaf]}'
+    return names
+
+
+def _unit_parts(unit: ChannelBottleneck) -> Dict[str, str]:
+    """The authors number what is there: pool, conv1, bn1, ReLU, conv2, bn2, sigmoid."""
+    sequence: List[str] = ['conv1', 'bn1', 'conv2', 'bn2']
+    if not isinstance(unit.act, nn.Identity):
+        sequence.insert(2, 'act')
+    if isinstance(unit, SEActivation):
+        sequence.insert(0, 'pool')
+    return {name: f'module.{index}' for index, name in enumerate(sequence) if name not in ('act', 'pool')}
