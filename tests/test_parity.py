@@ -1,0 +1,153 @@
+"""The networks against what the authors' MXNet code computes for them.
+
+`data/open_atac.npz` holds, for nine networks with parameters drawn by the rule in `draw`, logits, loss, gradient norms
+and running statistics, computed by https://github.com/YimianDai/open-atac at commit 49d42f7 with MXNet 1.9.1 in float32.
+"""
+import json
+import zlib
+from functools import partial
+from pathlib import Path
+from typing import Any, Dict, NamedTuple
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from timm_atac import ATAC, SEActivation
+from timm_atac.weights.names import FIXED, open_atac_names
+
+REFERENCE = np.load(Path(__file__).parent / 'data' / 'open_atac.npz')
+
+# Largest difference over the largest value of the reference. Ours is computed in float64, so that what remains is the
+# rounding of the reference, the same on every machine. It is largest in the gradients of the ImageNet networks.
+LOGITS = 5e-5
+LOSS = 1e-5
+MEANS = 1e-4
+GRADIENTS = {'cifar': 1e-4, 'imagenet': 1.1e-2}
+# A gradient that is zero but for rounding (a bias in front of a norm) must be so here too: this much of the largest.
+ZERO_GRADIENT = 1e-6
+
+
+class Case(NamedTuple):
+    index: int
+    net: str
+    options: Dict[str, Any]
+
+    def __getitem__(self, key):
+        return REFERENCE[f'{self.index}/{key}']
+
+    def __str__(self) -> str:
+        return '-'.join([str(self.index), self.net, *(f'{k}={v}' for k, v in self.options.items())])
+
+
+def read_case(index: int) -> Case:
+    options = json.loads(str(REFERENCE[f'{index}/case']))
+    options = {k: v for k, v in options.items() if k not in ('params', 'half')}
+    return Case(index, options.pop('net'), options)
+
+
+CASES = [read_case(index) for index in range(9)]
+
+
+def build(case: Case) -> nn.Module:
+    """The case as a model of timm, through the arguments that our users have."""
+    options = case.options
+    unit = SEActivation if options.get('global') else ATAC
+    act_layer = unit if options.get('relu', True) else partial(unit, act_layer=None)
+    act_layer = 'relu' if options.get('act') == 'relu' else act_layer
+    if case.net == 'cifar':
+        name = f'resnet{6 * options.get("b", 1) + 2}_cifar'
+        stages = options.get('act_layers', 4)
+    else:
+        name = 'atac_resnet50'
+        stages = options.get('act_layers', 2)
+    num_classes = options.get('classes', 10 if case.net == 'cifar' else 1000)
+    return timm.create_model(
+        name, act_layer=act_layer, atac_stages=tuple(range(5 - stages, 5)), num_classes=num_classes)
+
+
+def draw(name: str, shape, seed: int) -> torch.Tensor:
+    """The frozen rule by which every parameter and running statistic of the reference was drawn."""
+    rng = np.random.RandomState((zlib.crc32(name.encode()) + seed) % 2 ** 32)
+    kind = name.rsplit('.', 1)[1]
+    if kind in ('gamma', 'running_var'):
+        array = rng.uniform(0.5, 1.5, shape)
+    elif kind == 'weight':
+        array = rng.standard_normal(shape) * np.sqrt(2 / np.prod(shape[1:]))
+    else:
+        array = 0.1 * rng.standard_normal(shape)
+    return torch.from_numpy(np.asarray(array, dtype=np.float32))
+
+
+def error(ours, theirs) -> float:
+    return float(np.abs(np.asarray(ours) - theirs).max() / np.abs(theirs).max())
+
+
+@pytest.mark.parametrize('case', CASES, ids=str)
+def test_parity(case: Case) -> None:
+    model = build(case).double()
+    names = open_atac_names(model)
+    shapes = json.loads(str(case['param_shapes']))
+    assert set(names.values()) | (set(FIXED) if case.net == 'cifar' else set()) == set(shapes)
+    assert sum(p.numel() for p in model.parameters()) == case['num_params']
+
+    seed, batch, size = (case.options.get(k, default) for k, default in (
+        ('seed', None), ('batch', 4), ('size', 32 if case.net == 'cifar' else 224)))
+    state = model.state_dict()
+    for ours, theirs in names.items():
+        assert list(state[ours].shape) == shapes[theirs]
+        state[ours].copy_(draw(theirs, shapes[theirs], seed))
+    x = torch.from_numpy(np.random.RandomState(seed).standard_normal((batch, 3, size, size)).astype(np.float32)).double()
+
+    # one training step
+    logits = model.train()(x)
+    loss = F.cross_entropy(logits, torch.arange(batch) % logits.shape[1])
+    loss.backward()
+    errors = {
+        'train logits': (error(logits.detach(), case['train_logits']), LOGITS),
+        'train loss': (error(loss.detach(), case['train_loss']), LOSS),
+    }
+    theirs_grad = dict(zip(case['grad_names'], case['grad_norms'], strict=True))
+    ours_grad = {names[k]: p.grad.norm().item() for k, p in model.named_parameters() if p.grad is not None}
+    assert set(ours_grad) == set(theirs_grad)
+    floor = ZERO_GRADIENT * max(theirs_grad.values())
+    errors['gradient norms'] = (
+        max(abs(ours_grad[k] - v) / v for k, v in theirs_grad.items() if v > floor),
+        GRADIENTS[case.net],
+    )
+    assert all(ours_grad[k] <= floor for k, v in theirs_grad.items() if v <= floor)
+    sums = {n: state[k].sum().item() for k, n in names.items()}
+    means = [k for k in case['stat_names'] if k.endswith('running_mean')]
+    theirs_sums = dict(zip(case['stat_names'], case['stat_sums'], strict=True))
+    errors['running means'] = (max(abs(sums[k] - theirs_sums[k]) for k in means), MEANS)
+
+    # inference, with the reference's own statistics
+    ours_of = {theirs: ours for ours, theirs in names.items()}
+    values = case['eval_stat_values']
+    for name in case['eval_stat_names']:
+        size_of = int(np.prod(shapes[name]))
+        state[ours_of[name]].copy_(torch.from_numpy(values[:size_of].reshape(shapes[name])))
+        values = values[size_of:]
+    assert len(values) == 0
+    with torch.inference_mode():
+        errors['eval logits'] = (error(model.eval()(x), case['eval_logits']), LOGITS)
+
+    report = ', '.join(f'{what} {found:.1e}' for what, (found, _) in errors.items())
+    print(f'{case}: {report}')
+    assert all(found <= allowed for found, allowed in errors.values()), report
+
+
+def test_names_one_to_one() -> None:
+    names = open_atac_names(timm.create_model('atac_resnet50'))
+    assert len(set(names.values())) == len(names)
+    assert names['layer3.0.act1.conv2.weight'] == 'layer3.0.relu1.module.3.weight'
+
+
+def test_names_of_what_the_authors_lack() -> None:
+    with pytest.raises(ValueError, match=r"stages\.0\.0\.attn.* no counterpart"):
+        open_atac_names(timm.create_model('resnet8_cifar', attn_layer='local_se'))
+    with pytest.raises(ValueError, match='Linear: expected one of'):
+        open_atac_names(nn.Linear(1, 1))

@@ -1,0 +1,33 @@
+"""timm's own `tests/test_models.py`, of the installed version, on every model we register."""
+import os
+import subprocess
+
+import pytest
+import timm
+import timm_tests
+
+try:
+    _tests = timm_tests.load(timm_tests.fetch())
+except subprocess.CalledProcessError as error:
+    if os.environ.get('CI'):
+        raise RuntimeError(f"timm's tests cannot be had: {error.stderr}") from error
+    pytest.skip(f"timm's tests come from the package index, which cannot be reached: {error.stderr}",
+                allow_module_level=True)
+
+_selected = timm_tests.select(_tests)
+globals().update(_selected)
+if hasattr(_tests, 'cfg_device'):
+    cfg_device = _tests.cfg_device  # a fixture of timm's
+
+pytestmark = [pytest.mark.network, pytest.mark.filterwarnings('ignore')]  # warnings of timm's tests are timm's
+
+
+def test_all_of_ours_are_tested() -> None:
+    ours = set(timm.list_models(module=timm_tests.OUR_MODULES))
+    assert len(ours) >= 14
+    for name in ('test_model_forward', 'test_model_backward', 'test_model_default_cfgs', 'test_model_forward_features',
+                 'test_model_forward_intermediates', 'test_model_forward_intermediates_features',
+                 'test_model_forward_torchscript', 'test_model_forward_fx'):
+        tested = {timm.models.get_arch_name(model) if '.' in model else model
+                  for model in timm_tests._model_names(_selected[name])}
+        assert tested == ours, name
