@@ -1,4 +1,5 @@
 """Fixtures shared by all tests."""
+
 import os
 import subprocess
 import sys
@@ -20,7 +21,10 @@ def python() -> Python:
         inherited = {k: v for k, v in os.environ.items() if not k.startswith(('TIMM_ATAC', 'TORCH_DEVICE_BACKEND'))}
         result = subprocess.run(
             [sys.executable, *flags, '-c', code],
-            env={**inherited, **env}, capture_output=True, text=True, timeout=240,
+            env={**inherited, **env},
+            capture_output=True,
+            text=True,
+            timeout=240,
         )
         assert result.returncode == 0, f'{code}\n{result.stdout}\n{result.stderr}'
         return result

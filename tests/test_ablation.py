@@ -1,4 +1,5 @@
 """train_scripts/ablation.py"""
+
 import csv
 import signal
 import subprocess
@@ -37,17 +38,31 @@ def test_models(activation) -> None:
 
 
 def test_run(tmp_path, capsys) -> None:
-    arguments = ['--acts', 'relu', 'atac', 'relu', '--blocks', '2', '1', '--epochs', '1', '--seeds', '2',
-                 '--output', str(tmp_path / 'out')]
+    arguments = [
+        '--acts',
+        'relu',
+        'atac',
+        'relu',
+        '--blocks',
+        '2',
+        '1',
+        '--epochs',
+        '1',
+        '--seeds',
+        '2',
+        '--output',
+        str(tmp_path / 'out'),
+    ]
     assert ablation.main(arguments) == 0
     rows = read(tmp_path / 'out' / 'ablation.csv')
     assert [(r['activation'], r['blocks'], r['seed']) for r in rows] == [
-        (a, b, s) for b in '12' for a in ('relu', 'atac') for s in '01']
+        (a, b, s) for b in '12' for a in ('relu', 'atac') for s in '01'
+    ]
     assert all(0 <= float(r['accuracy']) <= 100 for r in rows)
     assert (tmp_path / 'out' / 'ablation.png').read_bytes().startswith(b'\x89PNG')
 
     mean = (float(rows[2]['accuracy']) + float(rows[3]['accuracy'])) / 2
-    spread = abs(float(rows[2]['accuracy']) - float(rows[3]['accuracy'])) / 2 ** 0.5
+    spread = abs(float(rows[2]['accuracy']) - float(rows[3]['accuracy'])) / 2**0.5
     printed = capsys.readouterr().out
     assert f'| ATAC       | {mean:.2f} ± {spread:.2f}' in printed
     assert '| b = 1' in printed and '| b = 2' in printed
@@ -56,7 +71,7 @@ def test_run(tmp_path, capsys) -> None:
     # the same seed gives the same run, and nothing is overwritten
     before = (tmp_path / 'out' / 'ablation.csv').read_bytes()
     assert ablation.main(['--acts', 'relu', '--epochs', '1', '--seeds', '1', '--output', str(tmp_path / 'out')]) == 0
-    again, = read(tmp_path / 'out-1' / 'ablation.csv')
+    (again,) = read(tmp_path / 'out-1' / 'ablation.csv')
     assert again['accuracy'] == rows[0]['accuracy']
     assert (tmp_path / 'out' / 'ablation.csv').read_bytes() == before
 
@@ -70,18 +85,21 @@ def test_finding_of_the_paper(tmp_path) -> None:
     assert found['se_act'] < found['atac'] - 2
 
 
-@pytest.mark.parametrize('arguments, message', [
-    (['--acts', 'atak'], "'atak' is neither one of relu, se_act"),
-    (['--blocks', '5'], 'invalid choice: 5'),
-    (['--seeds', '0'], "'0' is not a whole number of at least 1"),
-    (['--epochs', '1.5'], "'1.5' is not a whole number"),
-    (['--batch-size', '1001'], "'1001' is not in 2..1000"),
-    (['--lr', 'nan'], "'nan' is not a number"),
-    (['--lr', '0'], "'0' is not above 0"),
-    (['--weight-decay', '-1'], "'-1' is not a number of at least 0"),
-    (['--size', '7'], "'7' is less than 8"),
-    (['--device', 'gpu'], "'gpu' cannot be used"),
-])
+@pytest.mark.parametrize(
+    'arguments, message',
+    [
+        (['--acts', 'atak'], "'atak' is neither one of relu, se_act"),
+        (['--blocks', '5'], 'invalid choice: 5'),
+        (['--seeds', '0'], "'0' is not a whole number of at least 1"),
+        (['--epochs', '1.5'], "'1.5' is not a whole number"),
+        (['--batch-size', '1001'], "'1001' is not in 2..1000"),
+        (['--lr', 'nan'], "'nan' is not a number"),
+        (['--lr', '0'], "'0' is not above 0"),
+        (['--weight-decay', '-1'], "'-1' is not a number of at least 0"),
+        (['--size', '7'], "'7' is less than 8"),
+        (['--device', 'gpu'], "'gpu' cannot be used"),
+    ],
+)
 def test_wrong_arguments(arguments, message, capsys, tmp_path) -> None:
     with pytest.raises(SystemExit, match='2'):
         ablation.main([*arguments, '--output', str(tmp_path / 'out')])
@@ -91,7 +109,7 @@ def test_wrong_arguments(arguments, message, capsys, tmp_path) -> None:
 
 def test_output_that_cannot_be_made(tmp_path) -> None:
     (tmp_path / 'file').write_text('')
-    with pytest.raises(SystemExit, match='argument --output: .*Not a directory'):
+    with pytest.raises(SystemExit, match=r'argument --output: .*Not a directory'):
         ablation.main(['--output', str(tmp_path / 'file' / 'out')])
 
 
@@ -100,7 +118,9 @@ def test_interrupt_keeps_the_finished_rows(tmp_path) -> None:
     output = tmp_path / 'out'
     process = subprocess.Popen(
         [sys.executable, str(script), '--epochs', '1', '--seeds', '100', '--output', str(output)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     try:
         deadline = time.monotonic() + 120

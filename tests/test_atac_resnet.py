@@ -1,4 +1,5 @@
 from functools import partial
+from typing import Any
 
 import pytest
 import timm
@@ -9,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from timm_atac import ATAC, AtacResNet, SEActivation
 
 
-def create(name: str, **kwargs) -> AtacResNet:
+def create(name: str, **kwargs) -> Any:
     model = timm.create_model(name, **kwargs)
     assert isinstance(model, AtacResNet)
     return model
@@ -27,15 +28,18 @@ def gmacs(model: nn.Module, size: int) -> float:
 
 # Parameters in M and GMACs at 224: the first row is the paper's Table 4 (28.0M, 4.4), resnet50 a known quantity for
 # the counter itself.
-@pytest.mark.parametrize('name, params, macs, num_units', [
-    ('atac_resnet50', 27.93, 4.40, 18),
-    ('atac_resnet50_full', 28.09, 4.62, 32),
-    ('resnet50', 25.56, 4.09, 0),
-    ('atac_resnet18', 12.35, 1.87, 4),
-    ('atac_resnet34', 22.99, 3.78, 9),
-    ('atac_resnet101', 49.18, 8.55, 52),
-    ('atac_resnext50_32x4d', 34.50, 5.46, 18),
-])
+@pytest.mark.parametrize(
+    'name, params, macs, num_units',
+    [
+        ('atac_resnet50', 27.93, 4.40, 18),
+        ('atac_resnet50_full', 28.09, 4.62, 32),
+        ('resnet50', 25.56, 4.09, 0),
+        ('atac_resnet18', 12.35, 1.87, 4),
+        ('atac_resnet34', 22.99, 3.78, 9),
+        ('atac_resnet101', 49.18, 8.55, 52),
+        ('atac_resnext50_32x4d', 34.50, 5.46, 18),
+    ],
+)
 def test_size(name, params, macs, num_units) -> None:
     model = timm.create_model(name, device='meta')
     assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(params, abs=0.006)
@@ -46,7 +50,11 @@ def test_size(name, params, macs, num_units) -> None:
 def test_placement() -> None:
     model = create('atac_resnet50', device='meta')
     assert units(model) == [
-        f'layer{stage}.{block}.act{act}' for stage, depth in ((3, 6), (4, 3)) for block in range(depth) for act in (1, 2)]
+        f'layer{stage}.{block}.act{act}'
+        for stage, depth in ((3, 6), (4, 3))
+        for block in range(depth)
+        for act in (1, 2)
+    ]
     assert isinstance(model.act1, nn.ReLU)
     assert isinstance(model.layer4[0].act3, nn.ReLU)
     basic = create('atac_resnet18', device='meta')
@@ -75,12 +83,15 @@ def test_without_units_it_is_timms_resnet() -> None:
     assert torch.equal(ours.eval()(x), theirs.eval()(x))
 
 
-@pytest.mark.parametrize('kwargs, message', [
-    (dict(atac_stages=(5,)), r'atac_stages=\(5,\)'),
-    (dict(rd_ratio=2), 'rd_ratio=2: expected'),
-    (dict(act_layer='relu', rd_ratio=0.5), 'no bottleneck'),
-    (dict(act_layer='atak'), 'no activation of that name'),
-])
+@pytest.mark.parametrize(
+    'kwargs, message',
+    [
+        (dict(atac_stages=(5,)), r'atac_stages=\(5,\)'),
+        (dict(rd_ratio=2), 'rd_ratio=2: expected'),
+        (dict(act_layer='relu', rd_ratio=0.5), 'no bottleneck'),
+        (dict(act_layer='atak'), 'no activation of that name'),
+    ],
+)
 def test_wrong_arguments(kwargs, message) -> None:
     with pytest.raises(ValueError, match=message):
         create('atac_resnet18', device='meta', **kwargs)
@@ -109,7 +120,8 @@ def test_pretrained_with_other_input_and_classes(in_chans, tmp_path) -> None:
     path = tmp_path / 'atac_resnet18.pth'
     torch.save(source.state_dict(), path)
     model = create(
-        'atac_resnet18', pretrained=True, pretrained_cfg_overlay=dict(file=str(path)), in_chans=in_chans, num_classes=7)
+        'atac_resnet18', pretrained=True, pretrained_cfg_overlay=dict(file=str(path)), in_chans=in_chans, num_classes=7
+    )
     assert model.conv1.weight.shape[1] == in_chans
     assert model.fc.out_features == 7
     assert torch.equal(model.layer4[1].act1.conv2.weight, source.layer4[1].act1.conv2.weight)

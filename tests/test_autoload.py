@@ -1,4 +1,5 @@
 """Registration without an import, in fresh interpreters."""
+
 import subprocess
 import sys
 from textwrap import dedent
@@ -23,11 +24,24 @@ timm.create_model('test_resnet')
 print('timm alone')
 """
 IMPORT_ORDERS = [
-    'import torch', 'import timm', 'import timm.layers', 'import timm.models', 'import timm.data', 'import torchvision',
-    'import timm_atac', 'import timm_atac, timm', 'import timm, timm_atac', 'import torch, timm_atac',
-    'import timm_atac.layers', 'import timm_atac.placement', 'import timm_atac.atac_resnet',
-    'import timm_atac.cifar_resnet', 'import timm_atac.weights.names',
-    'from timm_atac import ATAC', 'from timm_atac import AtacResNet', 'from timm.models import create_model',
+    'import torch',
+    'import timm',
+    'import timm.layers',
+    'import timm.models',
+    'import timm.data',
+    'import torchvision',
+    'import timm_atac',
+    'import timm_atac, timm',
+    'import timm, timm_atac',
+    'import torch, timm_atac',
+    'import timm_atac.layers',
+    'import timm_atac.placement',
+    'import timm_atac.atac_resnet',
+    'import timm_atac.cifar_resnet',
+    'import timm_atac.weights.names',
+    'from timm_atac import ATAC',
+    'from timm_atac import AtacResNet',
+    'from timm.models import create_model',
 ]
 
 
@@ -49,7 +63,9 @@ def test_switch(python, imports) -> None:
     assert 'registered' in python(imports + WITH_US, TIMM_ATAC_DISABLE='0').stdout
 
 
-IMPORTED = 'import sys; before = set(sys.modules); import {0}; print(*{{m.split(".")[0] for m in {{*sys.modules}} - before}})'
+IMPORTED = (
+    'import sys; before = set(sys.modules); import {0}; print(*{{m.split(".")[0] for m in {{*sys.modules}} - before}})'
+)
 
 
 def third_party(python, module: str) -> set[str]:
@@ -123,7 +139,8 @@ def test_failure_is_one_warning(python, failure, flags) -> None:
     breakage, reason = FAILURES[failure]
     late = failure == 'timm is too new'  # has to break timm between its import and ours
     result = python(
-        breakage + '\nimport timm_atac' + WITHOUT_US, *flags, **({'TORCH_DEVICE_BACKEND_AUTOLOAD': '0'} if late else {}))
+        breakage + '\nimport timm_atac' + WITHOUT_US, *flags, **({'TORCH_DEVICE_BACKEND_AUTOLOAD': '0'} if late else {})
+    )
     assert 'timm alone' in result.stdout
     assert result.stderr.count('RuntimeWarning: timm_atac could not register') == 1
     assert reason in result.stderr
@@ -199,7 +216,8 @@ def test_stock_models_are_unchanged(python) -> None:
 def test_spawned_worker(tmp_path) -> None:
     """A worker that unpickles one of our layers before anything else."""
     script = tmp_path / 'script.py'
-    script.write_text(dedent("""
+    script.write_text(
+        dedent("""
         from torch.utils.data import DataLoader, Dataset
 
         class Names(Dataset):
@@ -215,7 +233,8 @@ def test_spawned_worker(tmp_path) -> None:
             from timm_atac import ATAC
             loader = DataLoader(Names(ATAC(6)), num_workers=1, multiprocessing_context='spawn')
             print([(int(n), int(c)) for n, c in loader])
-    """))
+    """)
+    )
     result = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=240)
     assert result.returncode == 0, result.stderr
     names = {n for n, _ in eval(result.stdout)}
@@ -231,8 +250,8 @@ def test_threads(python) -> None:
                 __import__(module)
             except Exception as error:
                 errors.append(error)
-        names = ['timm', 'torch', 'timm_atac', 'timm_atac.cifar_resnet', 'timm.models', 'timm_atac.layers', 'torchvision']
-        threads = [threading.Thread(target=load, args=(name,)) for name in names]
+        names = 'timm torch timm_atac timm_atac.cifar_resnet timm.models timm_atac.layers torchvision'
+        threads = [threading.Thread(target=load, args=(name,)) for name in names.split()]
         for thread in threads: thread.start()
         for thread in threads: thread.join()
         assert not errors, errors

@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 import timm
 import torch
@@ -7,7 +9,7 @@ from timm_atac import ATAC, CifarResNet, LocalSE
 from timm_atac.cifar_resnet import checkpoint_filter_fn
 
 
-def create(name: str, **kwargs) -> CifarResNet:
+def create(name: str, **kwargs) -> Any:
     model = timm.create_model(name, **kwargs)
     assert isinstance(model, CifarResNet)
     return model
@@ -17,16 +19,19 @@ def num_params(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-@pytest.mark.parametrize('name, params, kwargs', [
-    ('resnet8_cifar', 77_850, {}),
-    ('atac_resnet8_cifar', 89_578, {}),
-    ('atac_resnet20_cifar.cifar100', 312_708, {}),
-    ('resnet8_cifar', 89_578, dict(act_layer='se_act')),
-    ('resnet8_cifar', 89_578, dict(act_layer='nin')),
-    ('resnet8_cifar', 83_562, dict(attn_layer='local_se')),
-    ('resnet14_cifar', 193_338, dict(act_layer='atac', atac_stages=(3, 4))),
-    ('atac_resnet26_cifar', 415_498, {}),
-])
+@pytest.mark.parametrize(
+    'name, params, kwargs',
+    [
+        ('resnet8_cifar', 77_850, {}),
+        ('atac_resnet8_cifar', 89_578, {}),
+        ('atac_resnet20_cifar.cifar100', 312_708, {}),
+        ('resnet8_cifar', 89_578, dict(act_layer='se_act')),
+        ('resnet8_cifar', 89_578, dict(act_layer='nin')),
+        ('resnet8_cifar', 83_562, dict(attn_layer='local_se')),
+        ('resnet14_cifar', 193_338, dict(act_layer='atac', atac_stages=(3, 4))),
+        ('atac_resnet26_cifar', 415_498, {}),
+    ],
+)
 def test_num_params(name, params, kwargs) -> None:
     assert num_params(create(name, device='meta', **kwargs)) == params
 
@@ -55,8 +60,11 @@ def test_tags(tag, num_classes) -> None:
 @pytest.mark.parametrize('stages', [(), (3,), (4,), (1, 2)])
 def test_atac_stages(stages) -> None:
     model = create('resnet14_cifar', act_layer='silu', atac_stages=stages)
-    found = {int(n.split('.')[1]) + 1 if n.startswith('stages') else 4
-             for n, m in model.named_modules() if isinstance(m, nn.SiLU)}
+    found = {
+        int(n.split('.')[1]) + 1 if n.startswith('stages') else 4
+        for n, m in model.named_modules()
+        if isinstance(m, nn.SiLU)
+    }
     assert found == set(stages)
 
 
@@ -67,11 +75,14 @@ def test_local_se() -> None:
     assert type(create('resnet8_cifar', attn_layer='se').stages[0][0].attn) is timm.layers.SEModule
 
 
-@pytest.mark.parametrize('kwargs, message', [
-    (dict(atac_stages=(0, 1)), r'atac_stages=\(0, 1\)'),
-    (dict(rd_ratio=0.5), 'no bottleneck'),
-    (dict(act_layer='atac', rd_ratio=0), 'rd_ratio=0: expected'),
-])
+@pytest.mark.parametrize(
+    'kwargs, message',
+    [
+        (dict(atac_stages=(0, 1)), r'atac_stages=\(0, 1\)'),
+        (dict(rd_ratio=0.5), 'no bottleneck'),
+        (dict(act_layer='atac', rd_ratio=0), 'rd_ratio=0: expected'),
+    ],
+)
 def test_wrong_arguments(kwargs, message) -> None:
     with pytest.raises(ValueError, match=message):
         create('resnet8_cifar', **kwargs)
@@ -81,7 +92,7 @@ def test_dropout_and_drop_path() -> None:
     model = create('resnet14_cifar', drop_rate=0.5, drop_path_rate=0.3).train()
     x = torch.randn(4, 3, 32, 32)
     assert not torch.equal(model(x), model(x))
-    rates = [getattr(block.drop_path, 'drop_prob', 0.) for stage in model.stages for block in stage]
+    rates = [getattr(block.drop_path, 'drop_prob', 0.0) for stage in model.stages for block in stage]
     assert rates[0] == 0
     assert rates[-1] == pytest.approx(0.3)
     features = model.forward_features(x)
@@ -89,10 +100,12 @@ def test_dropout_and_drop_path() -> None:
 
 
 def test_zero_init_last() -> None:
-    assert all((block.conv2.weight == 0).all()
-               for stage in create('atac_resnet8_cifar', zero_init_last=True).stages for block in stage)
-    assert not any((block.conv2.weight == 0).any()
-                   for stage in create('atac_resnet8_cifar').stages for block in stage)
+    assert all(
+        (block.conv2.weight == 0).all()
+        for stage in create('atac_resnet8_cifar', zero_init_last=True).stages
+        for block in stage
+    )
+    assert not any((block.conv2.weight == 0).any() for stage in create('atac_resnet8_cifar').stages for block in stage)
 
 
 def test_intermediates_and_norm() -> None:
@@ -107,7 +120,7 @@ def test_intermediates_and_norm() -> None:
 
 
 def test_features_only() -> None:
-    model = timm.create_model('atac_resnet8_cifar', features_only=True)
+    model: Any = timm.create_model('atac_resnet8_cifar', features_only=True)
     assert model.feature_info.channels() == [16, 32, 64]
     assert model.feature_info.reduction() == [1, 2, 4]
 
@@ -115,12 +128,15 @@ def test_features_only() -> None:
 @pytest.mark.parametrize('in_chans', [1, 2, 5])
 def test_pretrained_with_other_input_and_classes(in_chans, tmp_path) -> None:
     source = create('atac_resnet8_cifar').train()
-    source(torch.randn(8, 3, 32, 32) * torch.tensor([1., 2., 3.])[:, None, None])
+    source(torch.randn(8, 3, 32, 32) * torch.tensor([1.0, 2.0, 3.0])[:, None, None])
     path = tmp_path / 'atac_resnet8_cifar.pth'
     torch.save(source.state_dict(), path)
     model = create(
-        'atac_resnet8_cifar', pretrained=True, pretrained_cfg_overlay=dict(file=str(path)),
-        in_chans=in_chans, num_classes=7,
+        'atac_resnet8_cifar',
+        pretrained=True,
+        pretrained_cfg_overlay=dict(file=str(path)),
+        in_chans=in_chans,
+        num_classes=7,
     )
     variance = source.data_bn.running_var
     expected = {1: variance.mean(0, keepdim=True), 2: variance[:2], 5: variance[[0, 1, 2, 0, 1]]}[in_chans]

@@ -1,7 +1,9 @@
 """The units against their formula, and in every way PyTorch runs a module."""
+
 import copy
 import math
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ UNITS = [ATAC, SEActivation, NiN, LocalSE]
 SHAPE = (3, 14, 7, 5)
 
 
-def make(unit, channels: int = 14, **kwargs) -> nn.Module:
+def make(unit, channels: int = 14, **kwargs) -> Any:
     """A unit whose norms have something to do."""
     module = unit(channels, **kwargs)
     for norm in (module.bn1, module.bn2):
@@ -26,8 +28,9 @@ def make(unit, channels: int = 14, **kwargs) -> nn.Module:
     return module
 
 
-def reference(unit: nn.Module, x: torch.Tensor) -> torch.Tensor:
+def reference(unit: Any, x: torch.Tensor) -> torch.Tensor:
     """The definition in elementary operations, inference statistics."""
+
     def norm(bn, v):
         scale = bn.weight / (bn.running_var + bn.eps).sqrt()
         return (v - bn.running_mean[:, None, None]) * scale[:, None, None] + bn.bias[:, None, None]
@@ -59,14 +62,30 @@ def test_input_is_never_changed(unit, training) -> None:
 
 def test_parameters() -> None:
     assert list(dict(ATAC(16).named_parameters())) == [
-        'conv1.weight', 'bn1.weight', 'bn1.bias', 'conv2.weight', 'bn2.weight', 'bn2.bias']
+        'conv1.weight',
+        'bn1.weight',
+        'bn1.bias',
+        'conv2.weight',
+        'bn2.weight',
+        'bn2.bias',
+    ]
     counts = {unit: sum(p.numel() for p in unit(16).parameters()) for unit in UNITS}
     assert set(counts.values()) == {2 * 16 * 16 // 2 + 2 * 16 * 3 // 2}
 
 
-@pytest.mark.parametrize('channels, rd_ratio, expected', [
-    (64, 0.5, 32), (1, 0.5, 1), (3, 0.5, 1), (7, 0.5, 3), (64, 1, 64), (64, 1 / 3, 21), (98, 1 / 49, 2), (5, 0.01, 1),
-])
+@pytest.mark.parametrize(
+    'channels, rd_ratio, expected',
+    [
+        (64, 0.5, 32),
+        (1, 0.5, 1),
+        (3, 0.5, 1),
+        (7, 0.5, 3),
+        (64, 1, 64),
+        (64, 1 / 3, 21),
+        (98, 1 / 49, 2),
+        (5, 0.01, 1),
+    ],
+)
 def test_rd_channels(channels, rd_ratio, expected) -> None:
     assert get_rd_channels(channels, rd_ratio) == expected
     assert ATAC(channels, rd_ratio).conv1.out_channels == expected
@@ -97,7 +116,7 @@ def test_options() -> None:
 def test_init_is_the_authors() -> None:
     weight = torch.empty(200, 100, 3, 3)
     init_weight_(weight)
-    expected = math.sqrt(2 / (1 + 0.25 ** 2) / ((100 + 200) * 9 / 2))  # MXNet's MSRAPrelu(factor_type='avg', slope=0.25)
+    expected = math.sqrt(2 / (1 + 0.25**2) / ((100 + 200) * 9 / 2))  # MXNet's MSRAPrelu(factor_type='avg', slope=0.25)
     assert weight.std().item() == pytest.approx(expected, rel=0.02)
     assert weight.mean().abs().item() < 0.01 * expected
 
@@ -192,7 +211,7 @@ def test_onnx(unit, tmp_path) -> None:
     x = torch.randn(SHAPE)
     torch.onnx.export(module, (x,), str(tmp_path / 'unit.onnx'), dynamo=True)
     session = onnxruntime.InferenceSession(str(tmp_path / 'unit.onnx'))
-    y, = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    (y,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
     torch.testing.assert_close(torch.from_numpy(y), module(x).detach(), rtol=1e-5, atol=1e-5)
 
 

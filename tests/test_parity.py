@@ -1,13 +1,16 @@
 """The networks against what the authors' MXNet code computes for them.
 
-`data/open_atac.npz` holds, for nine networks with parameters drawn by the rule in `draw`, logits, loss, gradient norms
-and running statistics, computed by https://github.com/YimianDai/open-atac at commit 49d42f7 with MXNet 1.9.1 in float32.
+`data/open_atac.npz` holds, for nine networks with parameters drawn by the rule in `draw`, logits, loss, gradient
+norms and running statistics, computed by https://github.com/YimianDai/open-atac at commit 49d42f7 with MXNet 1.9.1 in
+float32.
 """
+
 import json
 import zlib
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Dict, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
@@ -31,32 +34,33 @@ GRADIENTS = {'cifar': 1e-4, 'imagenet': 1.1e-2}
 ZERO_GRADIENT = 1e-6
 
 
-class Case(NamedTuple):
-    index: int
+@dataclass(frozen=True)
+class Case:
+    number: int
     net: str
-    options: Dict[str, Any]
+    options: dict[str, Any]
 
-    def __getitem__(self, key):
-        return REFERENCE[f'{self.index}/{key}']
+    def __getitem__(self, key: str) -> Any:
+        return REFERENCE[f'{self.number}/{key}']
 
     def __str__(self) -> str:
-        return '-'.join([str(self.index), self.net, *(f'{k}={v}' for k, v in self.options.items())])
+        return '-'.join([str(self.number), self.net, *(f'{k}={v}' for k, v in self.options.items())])
 
 
-def read_case(index: int) -> Case:
-    options = json.loads(str(REFERENCE[f'{index}/case']))
+def read_case(number: int) -> Case:
+    options = json.loads(str(REFERENCE[f'{number}/case']))
     options = {k: v for k, v in options.items() if k not in ('params', 'half')}
-    return Case(index, options.pop('net'), options)
+    return Case(number, options.pop('net'), options)
 
 
-CASES = [read_case(index) for index in range(9)]
+CASES = [read_case(number) for number in range(9)]
 
 
 def build(case: Case) -> nn.Module:
     """The case as a model of timm, through the arguments that our users have."""
     options = case.options
     unit = SEActivation if options.get('global') else ATAC
-    act_layer = unit if options.get('relu', True) else partial(unit, act_layer=None)
+    act_layer: Any = unit if options.get('relu', True) else partial(unit, act_layer=None)
     act_layer = 'relu' if options.get('act') == 'relu' else act_layer
     if case.net == 'cifar':
         name = f'resnet{6 * options.get("b", 1) + 2}_cifar'
@@ -66,12 +70,13 @@ def build(case: Case) -> nn.Module:
         stages = options.get('act_layers', 2)
     num_classes = options.get('classes', 10 if case.net == 'cifar' else 1000)
     return timm.create_model(
-        name, act_layer=act_layer, atac_stages=tuple(range(5 - stages, 5)), num_classes=num_classes)
+        name, act_layer=act_layer, atac_stages=tuple(range(5 - stages, 5)), num_classes=num_classes
+    )
 
 
 def draw(name: str, shape, seed: int) -> torch.Tensor:
     """The frozen rule by which every parameter and running statistic of the reference was drawn."""
-    rng = np.random.RandomState((zlib.crc32(name.encode()) + seed) % 2 ** 32)
+    rng = np.random.RandomState((zlib.crc32(name.encode()) + seed) % 2**32)
     kind = name.rsplit('.', 1)[1]
     if kind in ('gamma', 'running_var'):
         array = rng.uniform(0.5, 1.5, shape)
@@ -94,13 +99,16 @@ def test_parity(case: Case) -> None:
     assert set(names.values()) | (set(FIXED) if case.net == 'cifar' else set()) == set(shapes)
     assert sum(p.numel() for p in model.parameters()) == case['num_params']
 
-    seed, batch, size = (case.options.get(k, default) for k, default in (
-        ('seed', None), ('batch', 4), ('size', 32 if case.net == 'cifar' else 224)))
+    seed: int = case.options['seed']
+    batch: int = case.options.get('batch', 4)
+    size: int = case.options.get('size', 32 if case.net == 'cifar' else 224)
     state = model.state_dict()
     for ours, theirs in names.items():
         assert list(state[ours].shape) == shapes[theirs]
         state[ours].copy_(draw(theirs, shapes[theirs], seed))
-    x = torch.from_numpy(np.random.RandomState(seed).standard_normal((batch, 3, size, size)).astype(np.float32)).double()
+    x = torch.from_numpy(
+        np.random.RandomState(seed).standard_normal((batch, 3, size, size)).astype(np.float32)
+    ).double()
 
     # one training step
     logits = model.train()(x)
@@ -147,7 +155,7 @@ def test_names_one_to_one() -> None:
 
 
 def test_names_of_what_the_authors_lack() -> None:
-    with pytest.raises(ValueError, match=r"stages\.0\.0\.attn.* no counterpart"):
+    with pytest.raises(ValueError, match=r'stages\.0\.0\.attn.* no counterpart'):
         open_atac_names(timm.create_model('resnet8_cifar', attn_layer='local_se'))
     with pytest.raises(ValueError, match='Linear: expected one of'):
         open_atac_names(nn.Linear(1, 1))

@@ -1,4 +1,5 @@
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -17,10 +18,21 @@ def test_names_in_timm(name, unit) -> None:
     assert created.conv1.weight.shape == (32, 64, 1, 1)
 
 
-@pytest.mark.parametrize('act_layer, expected', [
-    ('atac', ATAC), (ATAC, ATAC), (partial(ATAC, rd_ratio=0.25), ATAC), ('se_act', SEActivation), ('nin', NiN),
-    ('relu', nn.ReLU), (nn.Tanh, nn.Tanh), ('prelu', nn.PReLU), (SEModule, SEModule), (None, nn.Identity),
-])
+@pytest.mark.parametrize(
+    'act_layer, expected',
+    [
+        ('atac', ATAC),
+        (ATAC, ATAC),
+        (partial(ATAC, rd_ratio=0.25), ATAC),
+        ('se_act', SEActivation),
+        ('nin', NiN),
+        ('relu', nn.ReLU),
+        (nn.Tanh, nn.Tanh),
+        ('prelu', nn.PReLU),
+        (SEModule, SEModule),
+        (None, nn.Identity),
+    ],
+)
 def test_create(act_layer, expected) -> None:
     activation = create_activation(act_layer, 24)
     assert isinstance(activation, expected)
@@ -28,19 +40,23 @@ def test_create(act_layer, expected) -> None:
 
 
 def test_options_go_where_they_are_taken() -> None:
-    activation = create_activation(
-        'atac', 24, rd_ratio=0.25, norm_layer=nn.InstanceNorm2d, device='meta', dtype=torch.float16)
+    activation: Any = create_activation(
+        'atac', 24, rd_ratio=0.25, norm_layer=nn.InstanceNorm2d, device='meta', dtype=torch.float16
+    )
     assert activation.conv1.weight.shape == (6, 24, 1, 1)
     assert (activation.conv1.weight.device.type, activation.conv1.weight.dtype) == ('meta', torch.float16)
     assert isinstance(activation.bn2, nn.InstanceNorm2d)
-    own = create_activation(partial(ATAC, norm_layer=None), 24, norm_layer=nn.InstanceNorm2d)
+    own: Any = create_activation(partial(ATAC, norm_layer=None), 24, norm_layer=nn.InstanceNorm2d)
     assert isinstance(own.bn1, nn.Identity)
 
 
-@pytest.mark.parametrize('act_layer, message', [
-    ('relu', "rd_ratio=0.5 together with act_layer='relu', which has no bottleneck"),
-    (partial(ATAC, rd_ratio=0.25), 'which has its own already'),
-])
+@pytest.mark.parametrize(
+    'act_layer, message',
+    [
+        ('relu', "rd_ratio=0.5 together with act_layer='relu', which has no bottleneck"),
+        (partial(ATAC, rd_ratio=0.25), 'which has its own already'),
+    ],
+)
 def test_rd_ratio_is_never_dropped(act_layer, message) -> None:
     with pytest.raises(ValueError, match=message):
         create_activation(act_layer, 24, rd_ratio=0.5)

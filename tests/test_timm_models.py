@@ -1,4 +1,5 @@
 """timm's own `tests/test_models.py`, of the installed version, on every model we register."""
+
 import os
 import subprocess
 
@@ -11,8 +12,9 @@ try:
 except subprocess.CalledProcessError as error:
     if os.environ.get('CI'):
         raise RuntimeError(f"timm's tests cannot be had: {error.stderr}") from error
-    pytest.skip(f"timm's tests come from the package index, which cannot be reached: {error.stderr}",
-                allow_module_level=True)
+    pytest.skip(
+        f"timm's tests come from the package index, which cannot be reached: {error.stderr}", allow_module_level=True
+    )
 
 _selected = timm_tests.select(_tests)
 globals().update(_selected)
@@ -25,9 +27,18 @@ pytestmark = [pytest.mark.network, pytest.mark.filterwarnings('ignore')]  # warn
 def test_all_of_ours_are_tested() -> None:
     ours = set(timm.list_models(module=timm_tests.OUR_MODULES))
     assert len(ours) >= 14
-    for name in ('test_model_forward', 'test_model_backward', 'test_model_default_cfgs', 'test_model_forward_features',
-                 'test_model_forward_intermediates', 'test_model_forward_intermediates_features',
-                 'test_model_forward_torchscript', 'test_model_forward_fx'):
-        tested = {timm.models.get_arch_name(model) if '.' in model else model
-                  for model in timm_tests._model_names(_selected[name])}
+    for name in (
+        'test_model_forward',
+        'test_model_backward',
+        'test_model_default_cfgs',
+        'test_model_forward_features',
+        'test_model_forward_intermediates',
+        'test_model_forward_intermediates_features',
+        'test_model_forward_torchscript',
+        'test_model_forward_fx',
+    ):
+        tested = {
+            timm.models.get_arch_name(model) if '.' in model else model
+            for model in timm_tests._model_names(_selected[name])
+        }
         assert tested == ours, name

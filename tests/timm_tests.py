@@ -1,13 +1,15 @@
 """timm's own model tests, bound to our models: the file comes with timm's sdist from the package index."""
+
 import importlib.util
 import os
 import subprocess
 import sys
 import tarfile
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Callable, Dict
+from typing import Any
 
 import timm
 
@@ -31,11 +33,24 @@ def fetch() -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=_CACHE) as folder:
         subprocess.run(
-            [sys.executable, '-m', 'pip', 'download', '--quiet', '--no-deps', '--no-binary', 'timm', '--dest', folder,
-             f'timm=={timm.__version__}'],
-            check=True, capture_output=True, text=True,
+            [
+                sys.executable,
+                '-m',
+                'pip',
+                'download',
+                '--quiet',
+                '--no-deps',
+                '--no-binary',
+                'timm',
+                '--dest',
+                folder,
+                f'timm=={timm.__version__}',
+            ],
+            check=True,
+            capture_output=True,
+            text=True,
         )
-        sdist, = Path(folder).glob('timm-*.tar.gz')
+        (sdist,) = Path(folder).glob('timm-*.tar.gz')
         with tarfile.open(sdist) as archive:
             file = archive.extractfile(f'{sdist.name.removesuffix(".tar.gz")}/tests/test_models.py')
             assert file is not None
@@ -61,7 +76,7 @@ def load(path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location('timm_test_models', path)
     assert spec is not None and spec.loader is not None
     tests = importlib.util.module_from_spec(spec)
-    timm.list_models = list_ours
+    timm.list_models = list_ours  # type: ignore[assignment]  # less precise on purpose
     try:
         spec.loader.exec_module(tests)
     finally:
@@ -69,10 +84,11 @@ def load(path: Path) -> ModuleType:
     return tests
 
 
-def select(tests: ModuleType) -> Dict[str, Callable]:
+def select(tests: ModuleType) -> dict[str, Callable]:
     """The test functions that run over a list of models and need no download."""
     return {
-        name: function for name, function in vars(tests).items()
+        name: function
+        for name, function in vars(tests).items()
         if name.startswith('test_') and 'pretrained' not in name and _model_names(function)
     }
 

@@ -1,6 +1,7 @@
 """timm_atac: the ATAC networks of "Attention as Activation" in timm. The public names, loaded on first use."""
+
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, List
+from typing import TYPE_CHECKING, Any
 
 from ._autoload import arm as _arm
 
@@ -22,7 +23,7 @@ _HOMES = {
     'NiN': 'layers',
     'SEActivation': 'layers',
 }
-__all__ = [*_HOMES, '__version__']  # noqa: PLE0604
+__all__ = [*_HOMES, '__version__']
 
 
 def __getattr__(name: str) -> Any:
@@ -31,7 +32,7 @@ def __getattr__(name: str) -> Any:
     return getattr(import_module(f'{__name__}.{_HOMES[name]}'), name)
 
 
-def __dir__() -> List[str]:
+def __dir__() -> list[str]:
     return sorted({*globals(), *_HOMES})
 
 

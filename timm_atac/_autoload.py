@@ -1,11 +1,12 @@
 """Registration without an import: arms a hook that waits for `timm.models`.
 
-PyTorch (>= 2.5) calls `arm` at the end of `import torch`, through the entry point group `torch.backends`. The hook waits
-for `timm.models` rather than `timm`, because timm is half imported when it imports torch. Nothing here may break
-`import torch` or `import timm`, so this file needs the standard library only, and every failure becomes one warning.
+PyTorch (>= 2.5) calls `arm` at the end of `import torch`, through the entry point group `torch.backends`. The hook
+waits for `timm.models` rather than `timm`, because timm is half imported when it imports torch. Nothing here may break
+`import torch` or `import timm`: this file needs the standard library only, and every failure becomes one warning.
 
 `TIMM_ATAC_DISABLE=1` switches it off.
 """
+
 import importlib
 import importlib.util
 import os
@@ -13,7 +14,7 @@ import sys
 import warnings
 from importlib.machinery import ModuleSpec
 from types import ModuleType
-from typing import Any, Optional
+from typing import Any
 
 _HOST = 'timm.models'
 _done = False  # registered, or tried to
@@ -32,7 +33,7 @@ def arm() -> None:
 class _Hook:
     """Finder on `sys.meta_path` that leaves it on the first import of `timm.models`, which then ends in `_register`."""
 
-    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Optional[ModuleSpec]:
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
         if name != _HOST:
             return None
         # a new list, since another thread may be walking the old one
@@ -49,7 +50,7 @@ class _Loader:
     def __init__(self, loader: Any) -> None:
         self.loader = loader
 
-    def create_module(self, spec: ModuleSpec) -> Optional[ModuleType]:
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         return self.loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
@@ -78,7 +79,7 @@ def _register() -> None:
 
 def _warn(error: Exception) -> None:
     versions = ', '.join(
-        f"{name} {getattr(sys.modules.get(name), '__version__', 'of unknown version')}"
+        f'{name} {getattr(sys.modules.get(name), "__version__", "of unknown version")}'
         for name in ('timm_atac', 'timm', 'torch')
     )
     message = (

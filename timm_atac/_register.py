@@ -1,4 +1,5 @@
 """Registration with timm: what runs once `timm.models` has loaded."""
+
 import warnings
 
 from . import _timm

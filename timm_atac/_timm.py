@@ -1,5 +1,6 @@
 """The only module that touches timm's private names."""
-from typing import Any, Dict, Set, Type
+
+from typing import Any, cast
 
 import torch.nn as nn
 from timm.layers import create_act
@@ -8,7 +9,7 @@ from timm.models._features import feature_take_indices as feature_take_indices
 from timm.version import __version__ as __version__
 
 
-def add_act_layer(name: str, layer: Type[nn.Module]) -> None:
+def add_act_layer(name: str, layer: type[nn.Module]) -> None:
     """Make `layer` known to `get_act_layer` and `create_act_layer` as `name`.
 
     Raises:
@@ -18,7 +19,7 @@ def add_act_layer(name: str, layer: Type[nn.Module]) -> None:
         taken = table.get(name, layer)
         if taken is not layer:
             raise RuntimeError(f'the activation name {name!r} is taken by {taken!r}')
-    create_act._ACT_LAYER_DEFAULT[name] = layer
+    cast(dict[str, type[nn.Module]], create_act._ACT_LAYER_DEFAULT)[name] = layer
 
 
 class Snapshot:
@@ -38,7 +39,7 @@ class Snapshot:
 def _copy(table: Any) -> Any:
     """Copy a table and the sets and lists in it; everything else in timm's tables is replaced, never changed."""
     if isinstance(table, dict):
-        values: Dict[Any, Any] = {k: v.copy() if isinstance(v, (set, list)) else v for k, v in table.items()}
+        values: dict[Any, Any] = {k: v.copy() if isinstance(v, (set, list)) else v for k, v in table.items()}
         return values
-    members: Set[Any] = set(table)
+    members: set[Any] = set(table)
     return members

@@ -2,8 +2,10 @@
 
 Paper: `Attention as Activation` - https://arxiv.org/abs/2007.07729 (Dai et al., ICPR 2020)
 """
+
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Callable, Dict, Optional, Sequence, Type, Union
+from typing import Any, cast
 
 import torch
 import torch.nn as nn
@@ -20,20 +22,20 @@ __all__ = ['AtacBasicBlock', 'AtacBottleneck', 'AtacResNet']
 class AtacBasicBlock(BasicBlock):
     """timm's `BasicBlock` with `unit_layer(channels)` for `act1`; the ReLU after the addition stays."""
 
-    def __init__(self, *args, unit_layer: Callable[..., nn.Module], device=None, dtype=None, **kwargs) -> None:
-        dd = {'device': device, 'dtype': dtype}
-        super().__init__(*args, **kwargs, **dd)
-        self.act1 = unit_layer(self.conv1.out_channels, norm_layer=kwargs.get('norm_layer'), **dd)
+    def __init__(self, *args: Any, unit_layer: Callable[..., nn.Module], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        options = {name: kwargs.get(name) for name in ('norm_layer', 'device', 'dtype')}
+        self.act1 = unit_layer(self.conv1.out_channels, **options)
 
 
 class AtacBottleneck(Bottleneck):
     """timm's `Bottleneck` with `unit_layer(channels)` for `act1` and `act2`; the ReLU after the addition stays."""
 
-    def __init__(self, *args, unit_layer: Callable[..., nn.Module], device=None, dtype=None, **kwargs) -> None:
-        dd = {'device': device, 'dtype': dtype}
-        super().__init__(*args, **kwargs, **dd)
-        self.act1 = unit_layer(self.conv1.out_channels, norm_layer=kwargs.get('norm_layer'), **dd)
-        self.act2 = unit_layer(self.conv2.out_channels, norm_layer=kwargs.get('norm_layer'), **dd)
+    def __init__(self, *args: Any, unit_layer: Callable[..., nn.Module], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        options = {name: kwargs.get(name) for name in ('norm_layer', 'device', 'dtype')}
+        self.act1 = unit_layer(self.conv1.out_channels, **options)
+        self.act2 = unit_layer(self.conv2.out_channels, **options)
 
 
 class _StageBlock(partial):
@@ -41,10 +43,10 @@ class _StageBlock(partial):
 
     @property
     def expansion(self) -> int:
-        return self.func.expansion
+        return cast(Any, self.func).expansion
 
 
-_UNIT_BLOCKS: Dict[type, type] = {BasicBlock: AtacBasicBlock, Bottleneck: AtacBottleneck}
+_UNIT_BLOCKS: dict[type, type] = {BasicBlock: AtacBasicBlock, Bottleneck: AtacBottleneck}
 
 
 class AtacResNet(ResNet):
@@ -65,23 +67,23 @@ class AtacResNet(ResNet):
         ValueError: `atac_stages` names a stage there is not, or `rd_ratio` goes with an `act_layer` that takes none.
 
     Source:
-        Section 4.1, "ATAC-ResNet-50" of Table 4; initialisation and placement as in the authors' `ResNet50_v1bATAC`.
+        ATAC-ResNet-50 of the paper's Table 4; placement and initialisation as in the authors' `ResNet50_v1bATAC`.
     """
 
     def __init__(
-            self,
-            block: Type[Union[BasicBlock, Bottleneck]],
-            layers: Sequence[int],
-            atac_stages: Sequence[int] = (3, 4),
-            act_layer: LayerType = 'atac',
-            rd_ratio: Optional[float] = None,
-            **kwargs,
+        self,
+        block: type[BasicBlock | Bottleneck],
+        layers: Sequence[int],
+        atac_stages: Sequence[int] = (3, 4),
+        act_layer: LayerType = 'atac',
+        rd_ratio: float | None = None,
+        **kwargs,
     ) -> None:
         stages = check_stages(atac_stages, num_stages=len(layers))
         unit_layer = partial(create_activation, act_layer, rd_ratio=rd_ratio)
         unit_block = _StageBlock(_UNIT_BLOCKS[block], unit_layer=unit_layer)
         blocks = tuple(unit_block if stage in stages else block for stage in range(1, len(layers) + 1))
-        super().__init__(blocks, layers, **kwargs)
+        super().__init__(cast(Any, blocks), tuple(layers), **kwargs)
 
     @torch.jit.ignore
     def init_weights(self, zero_init_last: bool = True) -> None:
@@ -93,26 +95,34 @@ def _create_atac_resnet(variant: str, pretrained: bool = False, **kwargs) -> Ata
     return build_model_with_cfg(AtacResNet, variant, pretrained, **kwargs)
 
 
-def _cfg(url: str = '', **kwargs) -> Dict[str, Any]:
+def _cfg(url: str = '', **kwargs) -> dict[str, Any]:
     return {
         'url': url,
-        'num_classes': 1000, 'input_size': (3, 224, 224), 'pool_size': (7, 7),
-        'crop_pct': 0.875, 'interpolation': 'bilinear',
-        'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD,
-        'first_conv': 'conv1', 'classifier': 'fc',
-        'paper_ids': 'arXiv:2007.07729', 'paper_name': 'Attention as Activation',
+        'num_classes': 1000,
+        'input_size': (3, 224, 224),
+        'pool_size': (7, 7),
+        'crop_pct': 0.875,
+        'interpolation': 'bilinear',
+        'mean': IMAGENET_DEFAULT_MEAN,
+        'std': IMAGENET_DEFAULT_STD,
+        'first_conv': 'conv1',
+        'classifier': 'fc',
+        'paper_ids': 'arXiv:2007.07729',
+        'paper_name': 'Attention as Activation',
         **kwargs,
     }
 
 
-default_cfgs = generate_default_cfgs({
-    'atac_resnet18.untrained': _cfg(),
-    'atac_resnet34.untrained': _cfg(),
-    'atac_resnet50.untrained': _cfg(),
-    'atac_resnet50_full.untrained': _cfg(),
-    'atac_resnet101.untrained': _cfg(),
-    'atac_resnext50_32x4d.untrained': _cfg(),
-})
+default_cfgs = generate_default_cfgs(
+    {
+        'atac_resnet18.untrained': _cfg(),
+        'atac_resnet34.untrained': _cfg(),
+        'atac_resnet50.untrained': _cfg(),
+        'atac_resnet50_full.untrained': _cfg(),
+        'atac_resnet101.untrained': _cfg(),
+        'atac_resnext50_32x4d.untrained': _cfg(),
+    }
+)
 
 
 @register_model

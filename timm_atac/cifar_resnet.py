@@ -4,8 +4,10 @@ Papers:
 * `Attention as Activation` - https://arxiv.org/abs/2007.07729 (Dai et al., ICPR 2020)
 * `Identity Mappings in Deep Residual Networks` - https://arxiv.org/abs/1603.05027 (the host's order of layers)
 """
+
 import math
-from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import torch
 import torch.nn as nn
@@ -38,19 +40,19 @@ class PreActBasicBlock(nn.Module):
     """
 
     def __init__(
-            self,
-            in_chs: int,
-            out_chs: int,
-            stride: int = 1,
-            act_layer: LayerType = nn.ReLU,
-            rd_ratio: Optional[float] = None,
-            norm_layer: LayerType = nn.BatchNorm2d,
-            attn_layer: Optional[LayerType] = None,
-            drop_path_rate: float = 0.,
-            device=None,
-            dtype=None,
+        self,
+        in_chs: int,
+        out_chs: int,
+        stride: int = 1,
+        act_layer: LayerType = nn.ReLU,
+        rd_ratio: float | None = None,
+        norm_layer: Callable[..., nn.Module] = nn.BatchNorm2d,
+        attn_layer: LayerType | None = None,
+        drop_path_rate: float = 0.0,
+        device=None,
+        dtype=None,
     ) -> None:
-        dd = {'device': device, 'dtype': dtype}
+        dd: dict[str, Any] = {'device': device, 'dtype': dtype}
         super().__init__()
         self.bn1 = norm_layer(in_chs, **dd)
         self.act1 = create_activation(act_layer, in_chs, rd_ratio, norm_layer, **dd)
@@ -59,10 +61,11 @@ class PreActBasicBlock(nn.Module):
         self.act2 = create_activation(act_layer, out_chs, rd_ratio, norm_layer, **dd)
         self.conv2 = nn.Conv2d(out_chs, out_chs, kernel_size=3, padding=1, bias=False, **dd)
         self.attn = create_attn(attn_layer, out_chs, **dd) or nn.Identity()
-        self.drop_path = DropPath(drop_path_rate) if drop_path_rate > 0. else nn.Identity()
+        self.drop_path = DropPath(drop_path_rate) if drop_path_rate > 0.0 else nn.Identity()
         self.downsample = (
             nn.Conv2d(in_chs, out_chs, kernel_size=1, stride=stride, bias=False, **dd)
-            if in_chs != out_chs else nn.Identity()
+            if in_chs != out_chs
+            else nn.Identity()
         )
 
     def zero_init_last(self) -> None:
@@ -107,36 +110,36 @@ class CifarResNet(nn.Module):
         ValueError: `atac_stages` names a stage there is not, or `rd_ratio` goes with an `act_layer` that takes none.
 
     Source:
-        Table 1 of the paper; the authors' `ResNet20V2ATAC`, initialisation included.
+        The host of the paper's Tables 2 and 3; the authors' `ResNet20V2ATAC`, initialisation included.
     """
 
     def __init__(
-            self,
-            layers: Sequence[int] = (3, 3, 3),
-            num_classes: int = 10,
-            in_chans: int = 3,
-            global_pool: str = 'avg',
-            channels: Sequence[int] = (16, 16, 32, 64),
-            act_layer: LayerType = 'relu',
-            atac_stages: Sequence[int] = (1, 2, 3, 4),
-            rd_ratio: Optional[float] = None,
-            norm_layer: LayerType = nn.BatchNorm2d,
-            attn_layer: Optional[LayerType] = None,
-            drop_rate: float = 0.,
-            drop_path_rate: float = 0.,
-            zero_init_last: bool = False,
-            device=None,
-            dtype=None,
+        self,
+        layers: Sequence[int] = (3, 3, 3),
+        num_classes: int = 10,
+        in_chans: int = 3,
+        global_pool: str = 'avg',
+        channels: Sequence[int] = (16, 16, 32, 64),
+        act_layer: LayerType = 'relu',
+        atac_stages: Sequence[int] = (1, 2, 3, 4),
+        rd_ratio: float | None = None,
+        norm_layer: LayerType = nn.BatchNorm2d,
+        attn_layer: LayerType | None = None,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        zero_init_last: bool = False,
+        device=None,
+        dtype=None,
     ) -> None:
         super().__init__()
-        dd = {'device': device, 'dtype': dtype}
+        dd: dict[str, Any] = {'device': device, 'dtype': dtype}
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.drop_rate = drop_rate
         self.grad_checkpointing = False
 
         stages = check_stages(atac_stages, num_stages=len(layers) + 1)
-        norm_layer = get_norm_layer(norm_layer)
+        norm: Any = get_norm_layer(norm_layer)
         attn_layer = LocalSE if attn_layer == 'local_se' else attn_layer
         acts = [
             dict(act_layer=act_layer, rd_ratio=rd_ratio) if stage in stages else dict(act_layer=nn.ReLU)
@@ -145,33 +148,35 @@ class CifarResNet(nn.Module):
 
         self.data_bn = nn.BatchNorm2d(in_chans, affine=False, **dd)
         self.conv1 = nn.Conv2d(in_chans, channels[0], kernel_size=3, padding=1, bias=False, **dd)
-        self.feature_info = []
+        self.feature_info: list[dict[str, Any]] = []
         self.stages = nn.Sequential()
-        drop_path_rates = calculate_drop_path_rates(drop_path_rate, layers, stagewise=True)
+        drop_path_rates: Any = calculate_drop_path_rates(drop_path_rate, list(layers), stagewise=True)
         in_chs = channels[0]
         reduction = 1
-        for i, (depth, out_chs) in enumerate(zip(layers, channels[1:])):
+        for i, (depth, out_chs) in enumerate(zip(layers, channels[1:], strict=True)):
             stride = 1 if i == 0 else 2
             reduction *= stride
             stage = nn.Sequential()
             for j in range(depth):
-                stage.append(PreActBasicBlock(
-                    in_chs,
-                    out_chs,
-                    stride=stride if j == 0 else 1,
-                    norm_layer=norm_layer,
-                    attn_layer=attn_layer,
-                    drop_path_rate=drop_path_rates[i][j],
-                    **acts[i],
-                    **dd,
-                ))
+                stage.append(
+                    PreActBasicBlock(
+                        in_chs,
+                        out_chs,
+                        stride=stride if j == 0 else 1,
+                        norm_layer=norm,
+                        attn_layer=attn_layer,
+                        drop_path_rate=drop_path_rates[i][j],
+                        **acts[i],
+                        **dd,
+                    )
+                )
                 in_chs = out_chs
             self.stages.append(stage)
             self.feature_info.append(dict(num_chs=in_chs, reduction=reduction, module=f'stages.{i}'))
 
         self.num_features = in_chs
-        self.norm = norm_layer(in_chs, **dd)
-        self.act = create_activation(channels=in_chs, norm_layer=norm_layer, **acts[-1], **dd)
+        self.norm = norm(in_chs, **dd)
+        self.act = create_activation(channels=in_chs, norm_layer=norm, **acts[-1], **dd)
         self.global_pool, self.fc = create_classifier(in_chs, num_classes, pool_type=global_pool, **dd)
         self.head_hidden_size = in_chs * self.global_pool.feat_mult()
 
@@ -183,7 +188,7 @@ class CifarResNet(nn.Module):
         init_weights(self, zero_init_last)
 
     @torch.jit.ignore
-    def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Regular expressions that group the parameters by depth."""
         return dict(
             stem=r'^data_bn|^conv1',
@@ -203,14 +208,14 @@ class CifarResNet(nn.Module):
         """The classifier, an identity where there is none."""
         return self.fc
 
-    def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the classifier.
 
         Args:
             num_classes: Number of classes, 0 for no classifier.
             global_pool: Global pooling type, None to keep it.
         """
-        dd = {'device': self.conv1.weight.device, 'dtype': self.conv1.weight.dtype}
+        dd: dict[str, Any] = {'device': self.conv1.weight.device, 'dtype': self.conv1.weight.dtype}
         self.num_classes = num_classes
         if global_pool is None:
             global_pool = self.global_pool.pool_type
@@ -220,14 +225,14 @@ class CifarResNet(nn.Module):
         self.fc.train(self.training)
 
     def forward_intermediates(
-            self,
-            x: torch.Tensor,
-            indices: Optional[Union[int, List[int]]] = None,
-            norm: bool = False,
-            stop_early: bool = False,
-            output_fmt: str = 'NCHW',
-            intermediates_only: bool = False,
-    ) -> Union[List[torch.Tensor], Tuple[torch.Tensor, List[torch.Tensor]]]:
+        self,
+        x: torch.Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = 'NCHW',
+        intermediates_only: bool = False,
+    ) -> list[torch.Tensor] | tuple[torch.Tensor, list[torch.Tensor]]:
         """Forward pass that also returns the stages' outputs.
 
         Args:
@@ -251,7 +256,7 @@ class CifarResNet(nn.Module):
         if torch.jit.is_scripting() or not stop_early:  # can't slice in TorchScript
             stages = self.stages
         else:
-            stages = self.stages[:max_index + 1]
+            stages = self.stages[: max_index + 1]
         for i, stage in enumerate(stages):
             if self.grad_checkpointing and not torch.jit.is_scripting():
                 x = checkpoint_seq(stage, x)
@@ -266,11 +271,11 @@ class CifarResNet(nn.Module):
         return x, intermediates
 
     def prune_intermediate_layers(
-            self,
-            indices: Union[int, List[int]] = 1,
-            prune_norm: bool = False,
-            prune_head: bool = True,
-    ) -> List[int]:
+        self,
+        indices: int | list[int] = 1,
+        prune_norm: bool = False,
+        prune_head: bool = True,
+    ) -> list[int]:
         """Remove what the given stages do not need.
 
         Args:
@@ -283,7 +288,7 @@ class CifarResNet(nn.Module):
         """
         take_indices, max_index = feature_take_indices(len(self.feature_info), indices)
         prune_end = max_index < len(self.feature_info) - 1
-        self.stages = self.stages[:max_index + 1]
+        self.stages = self.stages[: max_index + 1]
         if prune_norm or prune_end:  # both are sized for the last stage
             self.norm = nn.Identity()
             self.act = nn.Identity()
@@ -307,7 +312,7 @@ class CifarResNet(nn.Module):
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
         """Pooling and classifier: (B, C, H, W) -> (B, num_classes), or (B, head_hidden_size) with `pre_logits`."""
         x = self.global_pool(x)
-        if self.drop_rate > 0.:
+        if self.drop_rate > 0.0:
             x = F.dropout(x, p=float(self.drop_rate), training=self.training)
         return x if pre_logits else self.fc(x)
 
@@ -316,18 +321,20 @@ class CifarResNet(nn.Module):
         return self.forward_head(x)
 
 
-def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:
+def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
     """Fit the data norm's statistics to the model's input channels, as timm fits the first convolution's weight.
 
     One channel gets the mean over the checkpoint's channels; more than the checkpoint has repeat them in order.
     """
-    in_chans = model.get_submodule('data_bn').num_features
+    in_chans = cast(int, model.get_submodule('data_bn').num_features)
     out = dict(state_dict)
     for name in ('data_bn.running_mean', 'data_bn.running_var'):
         stat = out.get(name)
         if stat is None or len(stat) == in_chans:
             continue
-        out[name] = stat.mean(0, keepdim=True) if in_chans == 1 else stat.repeat(math.ceil(in_chans / len(stat)))[:in_chans]
+        out[name] = (
+            stat.mean(0, keepdim=True) if in_chans == 1 else stat.repeat(math.ceil(in_chans / len(stat)))[:in_chans]
+        )
     return out
 
 
@@ -342,26 +349,40 @@ def _create_cifar_resnet(variant: str, pretrained: bool = False, **kwargs) -> Ci
     )
 
 
-def _cfg(url: str = '', **kwargs) -> Dict[str, Any]:
+def _cfg(url: str = '', **kwargs) -> dict[str, Any]:
     return {
         'url': url,
-        'num_classes': 10, 'input_size': (3, 32, 32), 'pool_size': (8, 8),
-        'crop_pct': 1.0, 'interpolation': 'bilinear',
-        'mean': (0.4914, 0.4822, 0.4465), 'std': (0.2023, 0.1994, 0.2010),
-        'first_conv': 'conv1', 'classifier': 'fc',
-        'paper_ids': 'arXiv:2007.07729', 'paper_name': 'Attention as Activation',
+        'num_classes': 10,
+        'input_size': (3, 32, 32),
+        'pool_size': (8, 8),
+        'crop_pct': 1.0,
+        'interpolation': 'bilinear',
+        'mean': (0.4914, 0.4822, 0.4465),
+        'std': (0.2023, 0.1994, 0.2010),
+        'first_conv': 'conv1',
+        'classifier': 'fc',
+        'paper_ids': 'arXiv:2007.07729',
+        'paper_name': 'Attention as Activation',
         **kwargs,
     }
 
 
-default_cfgs = generate_default_cfgs({
-    f'{arch}.{tag}': _cfg(num_classes=num_classes)
-    for arch in (
-        'resnet8_cifar', 'resnet14_cifar', 'resnet20_cifar', 'resnet26_cifar',
-        'atac_resnet8_cifar', 'atac_resnet14_cifar', 'atac_resnet20_cifar', 'atac_resnet26_cifar',
-    )
-    for tag, num_classes in (('cifar10', 10), ('cifar100', 100))
-})
+default_cfgs = generate_default_cfgs(
+    {
+        f'{arch}.{tag}': _cfg(num_classes=num_classes)
+        for arch in (
+            'resnet8_cifar',
+            'resnet14_cifar',
+            'resnet20_cifar',
+            'resnet26_cifar',
+            'atac_resnet8_cifar',
+            'atac_resnet14_cifar',
+            'atac_resnet20_cifar',
+            'atac_resnet26_cifar',
+        )
+        for tag, num_classes in (('cifar10', 10), ('cifar100', 100))
+    }
+)
 
 
 @register_model

@@ -17,6 +17,7 @@ convolutions and differ in where it looks and in what is done with its output:
 timm is imported where a name is resolved, not above: importing timm registers this package with it, and that needs this
 file to be complete.
 """
+
 import math
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Optional
@@ -72,16 +73,17 @@ class ChannelBottleneck(nn.Module):
     """
 
     def __init__(
-            self,
-            channels: int,
-            rd_ratio: float = 0.5,
-            act_layer: Optional['LayerType'] = nn.ReLU,
-            norm_layer: Optional['LayerType'] = nn.BatchNorm2d,
-            inplace: bool = False,
-            device=None,
-            dtype=None,
+        self,
+        channels: int,
+        rd_ratio: float = 0.5,
+        act_layer: Optional['LayerType'] = nn.ReLU,
+        norm_layer: Optional['LayerType'] = nn.BatchNorm2d,
+        inplace: bool = False,
+        device=None,
+        dtype=None,
     ) -> None:
         from timm.layers import create_act_layer, get_norm_layer
+
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
         rd_channels = get_rd_channels(channels, rd_ratio)
@@ -121,21 +123,22 @@ class ATAC(ChannelBottleneck):
         ValueError: `channels` is not an integer >= 1, or `rd_ratio` is not in (0, 1].
 
     Source:
-        Section 3.2 of the paper; the authors' `ChaATAC`.
+        Section III of the paper; the authors' `ChaATAC`.
     """
 
     def __init__(
-            self,
-            channels: int,
-            rd_ratio: float = 0.5,
-            act_layer: Optional['LayerType'] = nn.ReLU,
-            norm_layer: Optional['LayerType'] = nn.BatchNorm2d,
-            gate_layer: Optional['LayerType'] = nn.Sigmoid,
-            inplace: bool = False,
-            device=None,
-            dtype=None,
+        self,
+        channels: int,
+        rd_ratio: float = 0.5,
+        act_layer: Optional['LayerType'] = nn.ReLU,
+        norm_layer: Optional['LayerType'] = nn.BatchNorm2d,
+        gate_layer: Optional['LayerType'] = nn.Sigmoid,
+        inplace: bool = False,
+        device=None,
+        dtype=None,
     ) -> None:
         from timm.layers import create_act_layer
+
         super().__init__(channels, rd_ratio, act_layer, norm_layer, inplace, device, dtype)
         self.gate = create_act_layer(gate_layer) or nn.Identity()
 
@@ -150,8 +153,8 @@ class SEActivation(ATAC):
     normalise, which BatchNorm refuses.
 
     Source:
-        Compared in Table 2. The slides show it as a picture, read here as the pool in front of the same bottleneck,
-        BatchNorm and inner ReLU included, as in the authors' code (`useGlobal`).
+        Compared with ATAC in Tables 2 and 3. The slides show it as a picture, read here as the pool in front of the
+        same bottleneck, BatchNorm and inner ReLU included, as in the authors' code (`useGlobal`).
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -164,8 +167,8 @@ class NiN(ChannelBottleneck):
     Arguments are those of `ATAC` but `gate_layer`; the parameter count is the same.
 
     Source:
-        Compared in Table 3. The slides show it as a picture, read here as `ATAC` without the sigmoid and the product:
-        `BN2(conv2(relu(BN1(conv1(x)))))`.
+        Compared with ATAC in Tables 2 and 3. The slides show it as a picture, read here as `ATAC` without the sigmoid
+        and the product: `BN2(conv2(relu(BN1(conv1(x)))))`.
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -180,8 +183,8 @@ class LocalSE(ATAC):
     83,562), where ATAC's two units a block and the last one add 11,728.
 
     Source:
-        LocalSENet, compared in Table 3. The slides show it as a picture, read here as an SE block (Hu et al. 2018)
-        whose gate is `ATAC`'s: no pool, r = 2, BatchNorm, ReLU inside.
+        LocalSENet, compared with ATAC in Tables 2 and 3. The slides show it as a picture, read here as an SE block (Hu
+        et al. 2018) whose gate is `ATAC`'s: no pool, r = 2, BatchNorm, ReLU inside.
     """
 
 

@@ -1,7 +1,9 @@
 """Which activation goes where in a network, and how it is made once its width is known."""
+
+from collections.abc import Callable, Sequence
 from functools import partial
 from inspect import signature
-from typing import TYPE_CHECKING, Any, Callable, Dict, Optional, Sequence, Tuple
+from typing import TYPE_CHECKING, Any, Optional
 
 import torch.nn as nn
 
@@ -14,12 +16,12 @@ __all__ = ['check_stages', 'create_activation', 'init_weights']
 
 
 def create_activation(
-        act_layer: Optional['LayerType'],
-        channels: int,
-        rd_ratio: Optional[float] = None,
-        norm_layer: Optional['LayerType'] = None,
-        device=None,
-        dtype=None,
+    act_layer: Optional['LayerType'],
+    channels: int,
+    rd_ratio: float | None = None,
+    norm_layer: Optional['LayerType'] = None,
+    device=None,
+    dtype=None,
 ) -> nn.Module:
     """Create the activation of a feature map whose width is known.
 
@@ -37,6 +39,7 @@ def create_activation(
         ValueError: A name timm does not know, or `rd_ratio` for a layer that takes none or has it bound already.
     """
     from timm.layers import create_act_layer, get_act_layer
+
     try:
         layer = get_act_layer(act_layer)
     except KeyError:
@@ -48,7 +51,7 @@ def create_activation(
         return nn.Identity()
 
     accepted = signature(layer).parameters
-    bound: Dict[str, Any] = layer.keywords if isinstance(layer, partial) else {}
+    bound: dict[str, Any] = layer.keywords if isinstance(layer, partial) else {}
     if rd_ratio is not None and ('rd_ratio' not in accepted or 'rd_ratio' in bound):
         reason = 'has its own already' if 'rd_ratio' in bound else 'has no bottleneck to set the width of'
         raise ValueError(f'rd_ratio={rd_ratio!r} together with act_layer={act_layer!r}, which {reason}: drop one.')
@@ -56,13 +59,16 @@ def create_activation(
         return create_act_layer(layer, inplace=True)
 
     options = dict(channels=channels, rd_ratio=rd_ratio, norm_layer=norm_layer, device=device, dtype=dtype)
-    return layer(**{
-        name: value for name, value in options.items()
-        if value is not None and name in accepted and name not in bound
-    })
+    return layer(
+        **{
+            name: value
+            for name, value in options.items()
+            if value is not None and name in accepted and name not in bound
+        }
+    )
 
 
-def check_stages(atac_stages: Sequence[int], num_stages: int) -> Tuple[int, ...]:
+def check_stages(atac_stages: Sequence[int], num_stages: int) -> tuple[int, ...]:
     """Check the stages that get the unit.
 
     Args:
@@ -99,6 +105,6 @@ def init_weights(model: nn.Module, zero_init_last: bool) -> None:
                 nn.init.zeros_(module.bias)
     if zero_init_last:
         for module in model.modules():
-            zero_init: Optional[Callable[[], None]] = getattr(module, 'zero_init_last', None)
+            zero_init: Callable[[], None] | None = getattr(module, 'zero_init_last', None)
             if zero_init is not None:
                 zero_init()

@@ -1,12 +1,13 @@
 #!/usr/bin/env python
 """The paper's ablation in miniature: one CIFAR network, one activation after the other, on handwritten digits.
 
-Trains the networks of Tables 2 and 3 of `Attention as Activation` (https://arxiv.org/abs/2007.07729) at the depths asked
-for, on scikit-learn's digits: 1,797 real scans of 8x8, here scaled to 16x16, 1,000 to train and 797 to test. Writes a
-row a run to a CSV file as soon as the run is done, and at the end a table and a plot.
+Trains the networks of Tables 2 and 3 of `Attention as Activation` (https://arxiv.org/abs/2007.07729) at the depths
+asked for, on scikit-learn's digits: 1,797 real scans of 8x8, here scaled to 16x16, 1,000 to train and 797 to test.
+Writes a row a run to a CSV file as soon as the run is done, and at the end a table and a plot.
 
     python train_scripts/ablation.py --blocks 1 2 --seeds 5
 """
+
 import argparse
 import csv
 import importlib
@@ -14,8 +15,9 @@ import statistics
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence, TextIO, Tuple
+from typing import Any, NamedTuple, TextIO
 
 import timm
 import torch
@@ -32,7 +34,7 @@ NUM_TRAIN = 1000
 SPLIT_SEED = 0  # the same split for every run
 
 # The five of the paper: name in the table, arguments of the model. Any other activation of timm goes by its own name.
-ACTIVATIONS: Dict[str, Tuple[str, Dict[str, Any]]] = {
+ACTIVATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     'relu': ('ReLU', dict(act_layer='relu')),
     'se_act': ('SEActivation', dict(act_layer='se_act')),
     'nin': ('NiN', dict(act_layer='nin')),
@@ -43,6 +45,7 @@ ACTIVATIONS: Dict[str, Tuple[str, Dict[str, Any]]] = {
 
 class Row(NamedTuple):
     """One finished run, as it stands in the CSV file."""
+
     activation: str
     blocks: int
     seed: int
@@ -53,24 +56,50 @@ class Row(NamedTuple):
     seconds: float
 
 
-def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--acts', nargs='+', type=activation_name, default=list(ACTIVATIONS), metavar='NAME',
-                        help=f'{", ".join(ACTIVATIONS)} (all of these by default), or any activation of timm')
-    parser.add_argument('--blocks', nargs='+', type=int, choices=(1, 2, 3, 4), default=[1], metavar='B',
-                        help='blocks a stage, b = 1..4 (default: 1)')
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        '--acts',
+        nargs='+',
+        type=activation_name,
+        default=list(ACTIVATIONS),
+        metavar='NAME',
+        help=f'{", ".join(ACTIVATIONS)} (all of these by default), or any activation of timm',
+    )
+    parser.add_argument(
+        '--blocks',
+        nargs='+',
+        type=int,
+        choices=(1, 2, 3, 4),
+        default=[1],
+        metavar='B',
+        help='blocks a stage, b = 1..4 (default: 1)',
+    )
     parser.add_argument('--seeds', type=positive_int, default=2, metavar='N', help='runs of each network (default: 2)')
     parser.add_argument('--epochs', type=positive_int, default=8, metavar='N', help='default: 8')
     parser.add_argument('--batch-size', type=batch_size, default=50, metavar='N', help='default: 50')
     parser.add_argument('--lr', type=positive_float, default=0.1, help='peak learning rate (default: 0.1)')
     parser.add_argument('--weight-decay', type=decay, default=1e-4, metavar='WD', help='default: 1e-4')
-    parser.add_argument('--size', type=image_size, default=16, metavar='PX',
-                        help='width and height that the digits are scaled to (default: 16)')
-    parser.add_argument('--device', type=device, default='cuda' if torch.cuda.is_available() else 'cpu',
-                        help='default: cuda where there is one, else cpu')
-    parser.add_argument('--output', type=Path, default=Path('results/ablation'), metavar='DIR',
-                        help='folder to write to; a number is appended where it exists (default: results/ablation)')
+    parser.add_argument(
+        '--size',
+        type=image_size,
+        default=16,
+        metavar='PX',
+        help='width and height that the digits are scaled to (default: 16)',
+    )
+    parser.add_argument(
+        '--device',
+        type=device,
+        default='cuda' if torch.cuda.is_available() else 'cpu',
+        help='default: cuda where there is one, else cpu',
+    )
+    parser.add_argument(
+        '--output',
+        type=Path,
+        default=Path('results/ablation'),
+        metavar='DIR',
+        help='folder to write to; a number is appended where it exists (default: results/ablation)',
+    )
     args = parser.parse_args(argv)
     try:
         importlib.import_module('matplotlib')
@@ -86,7 +115,8 @@ def activation_name(text: str) -> str:
             get_act_layer(text)
         except KeyError:
             raise argparse.ArgumentTypeError(
-                f'{text!r} is neither one of {", ".join(ACTIVATIONS)} nor an activation of timm') from None
+                f'{text!r} is neither one of {", ".join(ACTIVATIONS)} nor an activation of timm'
+            ) from None
     return text
 
 
@@ -114,7 +144,7 @@ def decay(text: str) -> float:
     try:
         value = float(text)
     except ValueError:
-        value = -1.
+        value = -1.0
     if not 0 <= value < float('inf'):
         raise argparse.ArgumentTypeError(f'{text!r} is not a number of at least 0')
     return value
@@ -135,9 +165,10 @@ def device(text: str) -> torch.device:
         raise argparse.ArgumentTypeError(f'{text!r} cannot be used: {str(error).splitlines()[0]}') from None
 
 
-def load_digits(size: int, device: torch.device) -> Tuple[TensorDataset, TensorDataset]:
+def load_digits(size: int, device: torch.device) -> tuple[TensorDataset, TensorDataset]:
     """The digits as (N, 1, size, size) in 0..1 with labels, split into training and test set."""
     from sklearn.datasets import load_digits
+
     digits = load_digits()
     images = torch.from_numpy(digits.images).float().unsqueeze(1) / 16
     images = F.interpolate(images, size=(size, size), mode='bilinear', align_corners=False)
@@ -153,7 +184,7 @@ def create_model(activation: str, blocks: int) -> nn.Module:
     return timm.create_model(f'resnet{6 * blocks + 2}_cifar', in_chans=1, **kwargs)
 
 
-def train(activation: str, blocks: int, seed: int, data: Tuple[TensorDataset, TensorDataset], args) -> Row:
+def train(activation: str, blocks: int, seed: int, data: tuple[TensorDataset, TensorDataset], args) -> Row:
     """Train one network and test it."""
     start = time.perf_counter()
     random_seed(seed)
@@ -162,13 +193,19 @@ def train(activation: str, blocks: int, seed: int, data: Tuple[TensorDataset, Te
     loader = DataLoader(train_set, args.batch_size, shuffle=True, drop_last=True)
     optimizer = create_optimizer_v2(model, opt='sgd', lr=args.lr, weight_decay=args.weight_decay, momentum=0.9)
     scheduler, _ = create_scheduler_v2(
-        optimizer, sched='cosine', num_epochs=args.epochs, step_on_epochs=False, updates_per_epoch=len(loader),
-        warmup_epochs=min(1, args.epochs - 1), warmup_lr=args.lr / 10,
+        optimizer,
+        sched='cosine',
+        num_epochs=args.epochs,
+        step_on_epochs=False,
+        updates_per_epoch=len(loader),
+        warmup_epochs=min(1, args.epochs - 1),
+        warmup_lr=args.lr / 10,
     )
     updates = 0
     losses = AverageMeter()
     progress = tqdm(
-        total=args.epochs * len(loader), desc=f'{activation} b={blocks} seed={seed}', leave=False, unit='batch')
+        total=args.epochs * len(loader), desc=f'{activation} b={blocks} seed={seed}', leave=False, unit='batch'
+    )
     with progress:
         for epoch in range(args.epochs):
             model.train()
@@ -184,7 +221,9 @@ def train(activation: str, blocks: int, seed: int, data: Tuple[TensorDataset, Te
                 progress.update()
             progress.set_postfix(epoch=epoch + 1, loss=f'{losses.avg:.3f}')
     return Row(
-        activation, blocks, seed,
+        activation,
+        blocks,
+        seed,
         params=sum(p.numel() for p in model.parameters()),
         epochs=args.epochs,
         train_loss=round(losses.avg, 4),
@@ -208,10 +247,10 @@ def append(file: TextIO, row: Row) -> None:
     file.flush()
 
 
-def table(rows: List[Row], seeds: int) -> str:
+def table(rows: list[Row], seeds: int) -> str:
     """The rows as a Markdown table: accuracy for each activation and b, mean and spread over the seeds."""
     depths = sorted({row.blocks for row in rows})
-    found: Dict[Tuple[str, int], List[float]] = defaultdict(list)
+    found: dict[tuple[str, int], list[float]] = defaultdict(list)
     for row in rows:
         found[row.activation, row.blocks].append(row.accuracy)
     lines = [
@@ -220,19 +259,23 @@ def table(rows: List[Row], seeds: int) -> str:
             [
                 label(activation),
                 *(cell(found[activation, b]) for b in depths),
-                next((f'{row.params:,}' for row in rows if (row.activation, row.blocks) == (activation, depths[0])), ''),
+                next(
+                    (f'{row.params:,}' for row in rows if (row.activation, row.blocks) == (activation, depths[0])), ''
+                ),
             ]
             for activation in dict.fromkeys(row.activation for row in rows)
         ),
     ]
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     lines.insert(1, ['-' * width for width in widths])
-    body = '\n'.join('| ' + ' | '.join(text.ljust(w) for text, w in zip(line, widths)) + ' |' for line in lines)
+    body = '\n'.join(
+        '| ' + ' | '.join(text.ljust(w) for text, w in zip(line, widths, strict=True)) + ' |' for line in lines
+    )
     spread = f'mean ± standard deviation over {seeds} seeds' if seeds > 1 else 'one seed'
     return f'Test accuracy in per cent, {spread}:\n\n{body}'
 
 
-def cell(values: List[float]) -> str:
+def cell(values: list[float]) -> str:
     if not values:
         return ''
     mean = f'{statistics.mean(values):.2f}'
@@ -243,21 +286,24 @@ def label(activation: str) -> str:
     return ACTIVATIONS.get(activation, (activation, {}))[0]
 
 
-def plot(rows: List[Row], path: Path) -> None:
+def plot(rows: list[Row], path: Path) -> None:
     """Accuracy over parameters, one line an activation, one point a depth, in the manner of the paper's figures."""
     import matplotlib
+
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(6.4, 4.2), layout='constrained')
-    for activation, marker in zip(dict.fromkeys(row.activation for row in rows), 'osD^vP*X<>' * len(rows)):
+    for activation, marker in zip(
+        dict.fromkeys(row.activation for row in rows), 'osD^vP*X<>' * len(rows), strict=False
+    ):
         points = []
         for blocks in sorted({row.blocks for row in rows if row.activation == activation}):
             runs = [row for row in rows if (row.activation, row.blocks) == (activation, blocks)]
             values = [row.accuracy for row in runs]
-            spread = statistics.stdev(values) if len(values) > 1 else 0.
+            spread = statistics.stdev(values) if len(values) > 1 else 0.0
             points.append((runs[0].params / 1e3, statistics.mean(values), spread))
-        x, y, error = zip(*points)
+        x, y, error = zip(*points, strict=True)
         axes.errorbar(x, y, error, marker=marker, capsize=3, label=label(activation))
     axes.set_xlabel('parameters (thousands)')
     axes.set_ylabel('test accuracy (%)')
@@ -268,7 +314,7 @@ def plot(rows: List[Row], path: Path) -> None:
     plt.close(figure)
 
 
-def main(argv: Optional[Sequence[str]] = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     data = load_digits(args.size, args.device)
     runs = [(a, b, s) for b in sorted({*args.blocks}) for a in dict.fromkeys(args.acts) for s in range(args.seeds)]
@@ -279,7 +325,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     except OSError as error:
         sys.exit(f'ablation.py: error: argument --output: {error}')
 
-    rows: List[Row] = []
+    rows: list[Row] = []
     interrupted = False
     with open(output / 'ablation.csv', 'w', newline='') as file, tqdm(total=len(runs), unit='run') as progress:
         csv.writer(file).writerow(Row._fields)

@@ -3,7 +3,6 @@
 The authors' names are those of `save_parameters` in https://github.com/YimianDai/open-atac. Every name is spelled out
 by a table below; nothing is paired by order or shape.
 """
-from typing import Dict, List
 
 import torch.nn as nn
 
@@ -13,7 +12,7 @@ from ..layers import ChannelBottleneck, SEActivation
 
 __all__ = ['FIXED', 'open_atac_names']
 
-FIXED = {'features.0.gamma': 1., 'features.0.beta': 0.}
+FIXED = {'features.0.gamma': 1.0, 'features.0.beta': 0.0}
 """Arrays of the authors' CIFAR networks that ours do without, with their value: the data norm has no affine."""
 
 _CIFAR = {
@@ -60,7 +59,7 @@ _NORM = {'weight': 'gamma', 'bias': 'beta', 'running_mean': 'running_mean', 'run
 _AFFINE = {'weight': 'weight', 'bias': 'bias'}
 
 
-def open_atac_names(model: nn.Module) -> Dict[str, str]:
+def open_atac_names(model: nn.Module) -> dict[str, str]:
     """Names of a model's parameters and running statistics in the authors' networks.
 
     Args:
@@ -102,9 +101,9 @@ def open_atac_names(model: nn.Module) -> Dict[str, str]:
     return names
 
 
-def _unit_parts(unit: ChannelBottleneck) -> Dict[str, str]:
+def _unit_parts(unit: ChannelBottleneck) -> dict[str, str]:
     """The authors number what is there: pool, conv1, bn1, ReLU, conv2, bn2, sigmoid."""
-    sequence: List[str] = ['conv1', 'bn1', 'conv2', 'bn2']
+    sequence: list[str] = ['conv1', 'bn1', 'conv2', 'bn2']
     if not isinstance(unit.act, nn.Identity):
         sequence.insert(2, 'act')
     if isinstance(unit, SEActivation):
