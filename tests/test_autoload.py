@@ -124,7 +124,7 @@ FAILURES = {
     'timm is too old': (
         "import sys, types; old = types.ModuleType('timm.version'); old.__version__ = '1.0.3'\n"
         "sys.modules['timm.version'] = old",
-        'timm 1.0.3 is older than 1.0.24',
+        'timm 1.0.3 is older than 1.0.21',
     ),
     'timm is too new': (
         'import timm.models\ndel timm.models.generate_default_cfgs',

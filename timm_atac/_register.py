@@ -4,7 +4,7 @@ import warnings
 
 from . import _timm
 
-MIN_TIMM = '1.0.24'  # pyproject.toml says the same; a test compares
+MIN_TIMM = '1.0.21'  # pyproject.toml says the same; a test compares
 
 
 def register() -> None:
@@ -33,7 +33,7 @@ def register() -> None:
 
 
 def _release(version: str) -> tuple:
-    """The leading numbers of a version: '1.0.24.dev0' -> (1, 0, 24)."""
+    """The leading numbers of a version: '1.0.21.dev0' -> (1, 0, 21)."""
     numbers = []
     for part in version.split('.'):
         if not part.isdigit():
