@@ -158,3 +158,12 @@ def test_grey_pretrained_is_the_colour_network_on_grey_images(tmp_path) -> None:
     grey = create('resnet8_cifar', pretrained=True, pretrained_cfg_overlay=dict(file=str(path)), in_chans=1).eval()
     x = torch.randn(2, 1, 32, 32)
     torch.testing.assert_close(grey(x), source(x.expand(-1, 3, -1, -1)))
+
+
+@pytest.mark.parametrize('name', ['atac_resnet8_cifar', 'atac_resnet18'])
+def test_compile_and_export(name) -> None:
+    model = timm.create_model(name).eval()
+    x = torch.randn(2, 3, 32, 32)
+    expected = model(x)
+    torch.testing.assert_close(torch.compile(model, fullgraph=True, backend='eager')(x), expected)
+    torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), expected)
