@@ -1,10 +1,13 @@
 """Registration without an import, in fresh interpreters."""
 
+import pkgutil
 import subprocess
 import sys
 from textwrap import dedent
 
 import pytest
+
+import timm_atac
 
 # Ends every run: all is registered and works. `with_us` in the runs where it must not be is `without_us`.
 WITH_US = """
@@ -27,21 +30,13 @@ IMPORT_ORDERS = [
     'import torch',
     'import timm',
     'import timm.layers',
-    'import timm.models',
-    'import timm.data',
+    'import timm.models.resnet',
     'import torchvision',
     'import timm_atac',
-    'import timm_atac, timm',
     'import timm, timm_atac',
-    'import torch, timm_atac',
-    'import timm_atac.layers',
-    'import timm_atac.placement',
-    'import timm_atac.atac_resnet',
-    'import timm_atac.cifar_resnet',
-    'import timm_atac.weights.names',
     'from timm_atac import ATAC',
-    'from timm_atac import AtacResNet',
-    'from timm.models import create_model',
+    'from timm_atac import *',
+    *(f'import {module.name}' for module in pkgutil.walk_packages(timm_atac.__path__, 'timm_atac.')),
 ]
 
 
@@ -58,7 +53,7 @@ def test_torch_autoload_off(python, imports) -> None:
     assert 'registered' in python(imports + WITH_US, TORCH_DEVICE_BACKEND_AUTOLOAD='0').stdout
 
 
-@pytest.mark.parametrize('imports', ['import timm', 'import timm_atac; timm_atac.ATAC(4)'])
+@pytest.mark.parametrize('imports', ['import timm', 'import timm_atac.atac_resnet; timm_atac.ATAC(4)'])
 def test_switch(python, imports) -> None:
     assert 'timm alone' in python(imports + WITHOUT_US, TIMM_ATAC_DISABLE='1').stdout
     assert 'registered' in python(imports + WITH_US, TIMM_ATAC_DISABLE='0').stdout
@@ -185,18 +180,64 @@ def test_a_name_that_is_taken_stays_with_its_owner(python, theirs, flags) -> Non
 
 
 def test_failed_registration_leaves_the_registry_as_it_was(python) -> None:
+    """Also where the failure comes while a module of ours is being imported, and when they are imported after it."""
     code = """
-        import copy, sys, timm
+        import copy, sys, timm, torch
+        from timm.layers import create_act
         from timm.models import _registry
+        create_act._ACT_LAYER_DEFAULT['nin'] = torch.nn.Tanh
         tables = {k: copy.deepcopy(v) for k, v in vars(_registry).items()
                   if isinstance(v, (dict, set)) and not k.startswith('__')}
-        sys.modules['timm_atac.cifar_resnet'] = None  # after atac_resnet has registered its models
-        import timm_atac
-        assert 'timm_atac.atac_resnet' in sys.modules
+        import timm_atac.atac_resnet
+        import timm_atac.cifar_resnet
+        assert timm_atac.ATAC(4)
         assert tables == {k: vars(_registry)[k] for k in tables}
         print(len(tables))
     """
-    assert int(python(dedent(code), TORCH_DEVICE_BACKEND_AUTOLOAD='0').stdout) >= 7
+    result = python(dedent(code), TORCH_DEVICE_BACKEND_AUTOLOAD='0')
+    assert int(result.stdout) >= 7
+    assert result.stderr.count('RuntimeWarning: timm_atac could not register') == 1
+
+
+def test_failure_that_cannot_be_shown(python) -> None:
+    code = """
+        import sys
+        sys.modules['timm_atac.cifar_resnet'] = None
+        sys.stderr.close()
+    """
+    assert 'timm alone' in python(dedent(code) + WITHOUT_US).stdout
+
+
+def test_interrupted_registration_is_made_up_for(python) -> None:
+    code = """
+        import sys, torch
+        class Interrupt:
+            def find_spec(self, name, path=None, target=None):
+                if name == 'timm_atac.cifar_resnet':
+                    sys.meta_path.remove(self)
+                    raise KeyboardInterrupt
+        sys.meta_path.insert(0, Interrupt())
+        try:
+            import timm
+        except KeyboardInterrupt:
+            print('interrupted')
+    """
+    assert python(dedent(code) + WITH_US).stdout == 'interrupted\nregistered\n'
+
+
+def test_timm_found_by_another_finder(python) -> None:
+    """Finders that instrument modules may answer before the hook; any use of ours makes up for it."""
+    code = """
+        import sys, torch
+        from importlib.machinery import PathFinder
+        class Instrument:
+            def find_spec(self, name, path=None, target=None):
+                return PathFinder.find_spec(name, path) if name.startswith('timm.') else None
+        sys.meta_path.insert(0, Instrument())
+        import timm
+        from timm_atac import ATAC
+    """
+    assert 'registered' in python(dedent(code) + WITH_US).stdout
 
 
 def test_stock_models_are_unchanged(python) -> None:
@@ -242,19 +283,22 @@ def test_spawned_worker(tmp_path) -> None:
     assert names == {14}
 
 
-def test_threads(python) -> None:
-    code = """
-        import threading
-        errors = []
-        def load(module):
+@pytest.mark.parametrize('ours', ['timm_atac', 'timm_atac.atac_resnet', 'timm_atac.layers'])
+def test_threads(python, ours) -> None:
+    """Imports of timm and of ours at once. A thread may meet a half imported module, as without us; none hangs."""
+    code = f"""
+        import faulthandler, threading, torch
+        faulthandler.dump_traceback_later(120, exit=True)
+        names = ['timm', 'timm.models', 'timm.layers', '{ours}']
+        start = threading.Barrier(len(names))
+        def load(name):
+            start.wait()
             try:
-                __import__(module)
-            except Exception as error:
-                errors.append(error)
-        names = 'timm torch timm_atac timm_atac.cifar_resnet timm.models timm_atac.layers torchvision'
-        threads = [threading.Thread(target=load, args=(name,)) for name in names.split()]
+                __import__(name)
+            except ImportError as error:
+                print('half imported:', error.name)
+        threads = [threading.Thread(target=load, args=(name,)) for name in names]
         for thread in threads: thread.start()
         for thread in threads: thread.join()
-        assert not errors, errors
     """
     assert 'registered' in python(dedent(code) + WITH_US).stdout

@@ -1,11 +1,14 @@
+import copy
 from importlib.metadata import requires
+from typing import Any
 
 import pytest
 import timm
 from packaging.requirements import Requirement
 from packaging.version import Version
+from timm_tests import OUR_MODULES
 
-from timm_atac import _register, _timm
+from timm_atac import ATAC, _register, _timm
 
 
 def test_oldest_timm_is_what_the_package_requires() -> None:
@@ -16,28 +19,64 @@ def test_oldest_timm_is_what_the_package_requires() -> None:
 
 @pytest.mark.parametrize(
     'version, release',
-    [('1.0.31', (1, 0, 31)), ('1.0.21.dev0', (1, 0, 21)), ('1.1', (1, 1)), ('2.0.0rc1', (2, 0)), ('1.0.9', (1, 0, 9))],
+    [
+        ('1.0.31', (1, 0, 31)),
+        ('1.0.21.dev0', (1, 0, 21)),
+        ('1.1', (1, 1)),
+        ('1.0.31rc1', (1, 0, 31)),
+        ('1.0.31+local.4', (1, 0, 31)),
+    ],
 )
 def test_release(version, release) -> None:
     assert _register._release(version) == release
 
 
-def test_snapshot_restores_every_table() -> None:
+def test_forget_removes_what_is_ours_and_nothing_else() -> None:
     registry = _timm._registry
-    before = _timm.Snapshot()
-    assert {'_model_entrypoints', '_module_to_models', '_model_has_pretrained', 'act_layers'} <= set(before._tables)
-    entrypoints = dict(registry._model_entrypoints)
-    registry._model_entrypoints.pop('resnet50')
-    registry._module_to_models['resnet'].discard('resnet50')
-    registry._model_has_pretrained.add('nonsense')
-    registry._model_with_tags['resnet50'].append('nonsense')
-    before.restore()
-    assert registry._model_entrypoints == entrypoints
-    assert 'resnet50' in registry._module_to_models['resnet']
-    assert 'nonsense' not in {*registry._model_has_pretrained, *registry._model_with_tags['resnet50']}
-    assert timm.list_models('resnet50') == ['resnet50']
+    tables = {k: v for k, v in vars(registry).items() if isinstance(v, (dict, set)) and not k.startswith('__')}
+    before = copy.deepcopy(tables)
+    others = set(timm.list_models()) - set(timm.list_models(module=OUR_MODULES))
+    networks = timm.list_models(module=OUR_MODULES)
+    assert networks
+    try:
+        _timm.forget(networks, OUR_MODULES, ['atac'])
+        assert set(timm.list_models()) == others
+        assert not set(OUR_MODULES) & set(timm.list_modules())
+        assert not [key for table in tables.values() for key in table if key in networks or '_cifar' in str(key)]
+        with pytest.raises(KeyError):
+            timm.layers.get_act_layer('atac')
+    finally:
+        _register.register()
+    assert tables == before
+    assert timm.layers.get_act_layer('atac') is ATAC
 
 
-def test_taken_activation_name() -> None:
-    with pytest.raises(RuntimeError, match=r"the activation name 'silu' is taken by .*SiLU"):
-        _timm.add_act_layer('silu', timm.layers.Swish)
+def test_registering_twice_changes_nothing(recwarn) -> None:
+    before = timm.list_models(include_tags=True)
+    _register.register()
+    assert timm.list_models(include_tags=True) == before
+    assert not recwarn.list
+
+
+def test_failure_in_the_middle_leaves_nothing(monkeypatch) -> None:
+    registry = _timm._registry
+    networks = timm.list_models(module=OUR_MODULES)
+    _timm.forget(networks, OUR_MODULES, ['atac', 'se_act', 'nin'])
+    before = timm.list_models(include_tags=True)
+    calls: list[Any] = []
+
+    def register_three(entry_function):
+        if len(calls) == 3:
+            raise TypeError('a timm too new')
+        calls.append(registry.register_model(entry_function))
+
+    monkeypatch.setattr(timm.models, 'register_model', register_three)
+    try:
+        with pytest.raises(TypeError, match='a timm too new'):
+            _register.register()
+        assert len(calls) == 3
+        assert timm.list_models(include_tags=True) == before
+    finally:
+        monkeypatch.undo()
+        _register.register()
+    assert timm.list_models(module=OUR_MODULES) == networks

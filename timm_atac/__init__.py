@@ -29,6 +29,7 @@ __all__ = [*_HOMES, '__version__']
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+    _arm()  # in case timm came by another way than the hook
     return getattr(import_module(f'{__name__}.{_HOMES[name]}'), name)
 
 

@@ -1,8 +1,6 @@
 """Registration with timm: what runs once `timm.models` has loaded."""
 
-import warnings
-
-from . import _timm
+import re
 
 MIN_TIMM = '1.0.21'  # pyproject.toml says the same; a test compares
 
@@ -10,33 +8,39 @@ MIN_TIMM = '1.0.21'  # pyproject.toml says the same; a test compares
 def register() -> None:
     """Make the networks and activations of this package known to timm: all of them or, with an error, none.
 
+    The modules of the networks only define their entry functions, so that importing one changes nothing in timm.
+
     Raises:
         RuntimeError: timm is older than `MIN_TIMM`, or a name is taken.
         Exception: Whatever importing the package's modules raises.
     """
-    if _release(_timm.__version__) < _release(MIN_TIMM):
-        raise RuntimeError(f'timm {_timm.__version__} is older than {MIN_TIMM}')
-    before = _timm.Snapshot()
+    from timm.version import __version__
+
+    if _release(__version__) < _release(MIN_TIMM):
+        raise RuntimeError(f'timm {__version__} is older than {MIN_TIMM}')
+
+    from timm.models import is_model, model_entrypoint, register_model
+
+    from . import _timm, atac_resnet, cifar_resnet, layers
+
+    activations = {'atac': layers.ATAC, 'se_act': layers.SEActivation, 'nin': layers.NiN}
+    networks = {name: getattr(module, name) for module in (atac_resnet, cifar_resnet) for name in module.default_cfgs}
+
+    taken = [f'activation {name!r}' for name, layer in activations.items() if _timm.get_act(name, layer) is not layer]
+    taken += [f'model {name!r}' for name, fn in networks.items() if is_model(name) and model_entrypoint(name) is not fn]
+    if taken:
+        raise RuntimeError(f'{", ".join(taken)} is taken by somebody else')
     try:
-        with warnings.catch_warnings():
-            # timm overwrites a registered name with no more than this warning
-            warnings.filterwarnings('error', message='Overwriting .* in registry')
-            from . import atac_resnet, cifar_resnet, layers  # noqa: F401  (their entry functions register themselves)
-        _timm.add_act_layer('atac', layers.ATAC)
-        _timm.add_act_layer('se_act', layers.SEActivation)
-        _timm.add_act_layer('nin', layers.NiN)
-    except BaseException as error:
-        before.restore()
-        if isinstance(error, UserWarning):
-            raise RuntimeError(f'a model name is taken: {error}') from error
+        for entry_function in networks.values():
+            if not is_model(entry_function.__name__):
+                register_model(entry_function)
+        for name, layer in activations.items():
+            _timm.add_act(name, layer)
+    except BaseException:
+        _timm.forget(networks=networks, modules=['atac_resnet', 'cifar_resnet'], activations=activations)
         raise
 
 
-def _release(version: str) -> tuple:
-    """The leading numbers of a version: '1.0.21.dev0' -> (1, 0, 21)."""
-    numbers = []
-    for part in version.split('.'):
-        if not part.isdigit():
-            break
-        numbers.append(int(part))
-    return tuple(numbers)
+def _release(version: str) -> tuple[int, ...]:
+    """The three numbers of a version: '1.0.21.dev0' -> (1, 0, 21)."""
+    return tuple(int(number) for number in re.findall(r'\d+', version)[:3])

@@ -11,7 +11,7 @@ import torch
 import torch.nn as nn
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import LayerType
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import build_model_with_cfg, generate_default_cfgs
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from .placement import check_stages, create_activation, init_weights
@@ -125,42 +125,36 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-@register_model
 def atac_resnet18(pretrained: bool = False, **kwargs) -> AtacResNet:
     """ResNet-18 with ATAC for the first activation of the blocks of stages 3 and 4."""
     model_args = dict(block=BasicBlock, layers=(2, 2, 2, 2))
     return _create_atac_resnet('atac_resnet18', pretrained, **dict(model_args, **kwargs))
 
 
-@register_model
 def atac_resnet34(pretrained: bool = False, **kwargs) -> AtacResNet:
     """ResNet-34 with ATAC for the first activation of the blocks of stages 3 and 4."""
     model_args = dict(block=BasicBlock, layers=(3, 4, 6, 3))
     return _create_atac_resnet('atac_resnet34', pretrained, **dict(model_args, **kwargs))
 
 
-@register_model
 def atac_resnet50(pretrained: bool = False, **kwargs) -> AtacResNet:
     """ATAC-ResNet-50 of the paper's Table 4: ATAC for the first two activations of the blocks of stages 3 and 4."""
     model_args = dict(block=Bottleneck, layers=(3, 4, 6, 3))
     return _create_atac_resnet('atac_resnet50', pretrained, **dict(model_args, **kwargs))
 
 
-@register_model
 def atac_resnet50_full(pretrained: bool = False, **kwargs) -> AtacResNet:
     """The fully attentional ResNet-50: ATAC for the first two activations of every block."""
     model_args = dict(block=Bottleneck, layers=(3, 4, 6, 3), atac_stages=(1, 2, 3, 4))
     return _create_atac_resnet('atac_resnet50_full', pretrained, **dict(model_args, **kwargs))
 
 
-@register_model
 def atac_resnet101(pretrained: bool = False, **kwargs) -> AtacResNet:
     """ResNet-101 with ATAC for the first two activations of the blocks of stages 3 and 4."""
     model_args = dict(block=Bottleneck, layers=(3, 4, 23, 3))
     return _create_atac_resnet('atac_resnet101', pretrained, **dict(model_args, **kwargs))
 
 
-@register_model
 def atac_resnext50_32x4d(pretrained: bool = False, **kwargs) -> AtacResNet:
     """ResNeXt-50 32x4d with ATAC for the first two activations of the blocks of stages 3 and 4."""
     model_args = dict(block=Bottleneck, layers=(3, 4, 6, 3), cardinality=32, base_width=4)

@@ -13,7 +13,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers import DropPath, LayerType, calculate_drop_path_rates, create_attn, create_classifier, get_norm_layer
-from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
+from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs
 
 from ._timm import feature_take_indices
 from .layers import LocalSE
@@ -385,52 +385,44 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-@register_model
 def resnet8_cifar(pretrained: bool = False, **kwargs) -> CifarResNet:
     """The paper's host network with b = 1: ReLU, or any `act_layer`."""
     return _create_cifar_resnet('resnet8_cifar', pretrained, **dict(dict(layers=(1, 1, 1)), **kwargs))
 
 
-@register_model
 def resnet14_cifar(pretrained: bool = False, **kwargs) -> CifarResNet:
     """The paper's host network with b = 2: ReLU, or any `act_layer`."""
     return _create_cifar_resnet('resnet14_cifar', pretrained, **dict(dict(layers=(2, 2, 2)), **kwargs))
 
 
-@register_model
 def resnet20_cifar(pretrained: bool = False, **kwargs) -> CifarResNet:
     """The paper's host network with b = 3: ReLU, or any `act_layer`."""
     return _create_cifar_resnet('resnet20_cifar', pretrained, **dict(dict(layers=(3, 3, 3)), **kwargs))
 
 
-@register_model
 def resnet26_cifar(pretrained: bool = False, **kwargs) -> CifarResNet:
     """The paper's host network with b = 4: ReLU, or any `act_layer`."""
     return _create_cifar_resnet('resnet26_cifar', pretrained, **dict(dict(layers=(4, 4, 4)), **kwargs))
 
 
-@register_model
 def atac_resnet8_cifar(pretrained: bool = False, **kwargs) -> CifarResNet:
     """The paper's network with b = 1 and ATAC for every activation."""
     model_args = dict(layers=(1, 1, 1), act_layer='atac')
     return _create_cifar_resnet('atac_resnet8_cifar', pretrained, **dict(model_args, **kwargs))
 
 
-@register_model
 def atac_resnet14_cifar(pretrained: bool = False, **kwargs) -> CifarResNet:
     """The paper's network with b = 2 and ATAC for every activation."""
     model_args = dict(layers=(2, 2, 2), act_layer='atac')
     return _create_cifar_resnet('atac_resnet14_cifar', pretrained, **dict(model_args, **kwargs))
 
 
-@register_model
 def atac_resnet20_cifar(pretrained: bool = False, **kwargs) -> CifarResNet:
     """The paper's network with b = 3 and ATAC for every activation."""
     model_args = dict(layers=(3, 3, 3), act_layer='atac')
     return _create_cifar_resnet('atac_resnet20_cifar', pretrained, **dict(model_args, **kwargs))
 
 
-@register_model
 def atac_resnet26_cifar(pretrained: bool = False, **kwargs) -> CifarResNet:
     """The paper's network with b = 4 and ATAC for every activation."""
     model_args = dict(layers=(4, 4, 4), act_layer='atac')

@@ -13,20 +13,14 @@ convolutions and differ in where it looks and in what is done with its output:
 | `SEActivation` | global, from the channels' means       | each ReLU                |
 | `NiN`          | none                                   | each ReLU                |
 | `LocalSE`      | local, as `ATAC`                       | an SE module, ReLUs stay |
-
-timm is imported where a name is resolved, not above: importing timm registers this package with it, and that needs this
-file to be complete.
 """
 
 import math
 from numbers import Integral, Real
-from typing import TYPE_CHECKING, Optional
 
 import torch
 import torch.nn as nn
-
-if TYPE_CHECKING:
-    from timm.layers.typing import LayerType
+from timm.layers import LayerType, create_act_layer, get_norm_layer
 
 __all__ = ['ATAC', 'LocalSE', 'NiN', 'SEActivation']
 
@@ -76,14 +70,12 @@ class ChannelBottleneck(nn.Module):
         self,
         channels: int,
         rd_ratio: float = 0.5,
-        act_layer: Optional['LayerType'] = nn.ReLU,
-        norm_layer: Optional['LayerType'] = nn.BatchNorm2d,
+        act_layer: LayerType | None = nn.ReLU,
+        norm_layer: LayerType | None = nn.BatchNorm2d,
         inplace: bool = False,
         device=None,
         dtype=None,
     ) -> None:
-        from timm.layers import create_act_layer, get_norm_layer
-
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
         rd_channels = get_rd_channels(channels, rd_ratio)
@@ -130,15 +122,13 @@ class ATAC(ChannelBottleneck):
         self,
         channels: int,
         rd_ratio: float = 0.5,
-        act_layer: Optional['LayerType'] = nn.ReLU,
-        norm_layer: Optional['LayerType'] = nn.BatchNorm2d,
-        gate_layer: Optional['LayerType'] = nn.Sigmoid,
+        act_layer: LayerType | None = nn.ReLU,
+        norm_layer: LayerType | None = nn.BatchNorm2d,
+        gate_layer: LayerType | None = nn.Sigmoid,
         inplace: bool = False,
         device=None,
         dtype=None,
     ) -> None:
-        from timm.layers import create_act_layer
-
         super().__init__(channels, rd_ratio, act_layer, norm_layer, inplace, device, dtype)
         self.gate = create_act_layer(gate_layer) or nn.Identity()
 

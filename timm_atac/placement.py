@@ -3,23 +3,21 @@
 from collections.abc import Callable, Sequence
 from functools import partial
 from inspect import signature
-from typing import TYPE_CHECKING, Any, Optional
+from typing import Any
 
 import torch.nn as nn
+from timm.layers import LayerType, create_act_layer, get_act_layer
 
 from .layers import init_weight_
-
-if TYPE_CHECKING:
-    from timm.layers.typing import LayerType
 
 __all__ = ['check_stages', 'create_activation', 'init_weights']
 
 
 def create_activation(
-    act_layer: Optional['LayerType'],
+    act_layer: LayerType | None,
     channels: int,
     rd_ratio: float | None = None,
-    norm_layer: Optional['LayerType'] = None,
+    norm_layer: LayerType | None = None,
     device=None,
     dtype=None,
 ) -> nn.Module:
@@ -38,8 +36,6 @@ def create_activation(
     Raises:
         ValueError: A name timm does not know, or `rd_ratio` for a layer that takes none or has it bound already.
     """
-    from timm.layers import create_act_layer, get_act_layer
-
     try:
         layer = get_act_layer(act_layer)
     except KeyError:
