@@ -1,5 +1,7 @@
 #!/usr/bin/env python
-"""What the entry point adds to `import torch` and `import timm`, with and without it, in fresh interleaved processes.
+"""What the entry point adds to `import torch` and `import timm`: off and on, in fresh interleaved processes.
+
+Off is `TORCH_DEVICE_BACKEND_AUTOLOAD=0`, so that the difference holds PyTorch's own search for entry points as well.
 
 python benchmarks/import_time.py --runs 15
 """
@@ -14,7 +16,7 @@ CODE = 'import time; start = time.perf_counter(); import {}; print(time.perf_cou
 
 
 def seconds(module: str, disable: bool) -> float:
-    """Time of one import in a fresh process; torch loads no entry point at all where we are switched off."""
+    """Time of one import in a fresh process."""
     env = {**os.environ, 'TORCH_DEVICE_BACKEND_AUTOLOAD': '0' if disable else '1'}
     return float(subprocess.check_output([sys.executable, '-c', CODE.format(module)], env=env, text=True))
 
@@ -23,13 +25,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--runs', type=int, default=15, help='imports of each kind (default: 15)')
     runs = parser.parse_args().runs
-    print('| import | without (s) | with (s) | ratio |\n| --- | --- | --- | --- |')
+    print('| import | off (s) | on (s) | ratio |\n| --- | --- | --- | --- |')
     for module in ('torch', 'timm'):
         seconds(module, disable=False)  # warms the file cache
         pairs = [(seconds(module, disable=True), seconds(module, disable=False)) for _ in range(runs)]
-        without, with_us = (statistics.median(column) for column in zip(*pairs, strict=True))
+        off, on = (statistics.median(column) for column in zip(*pairs, strict=True))
         spread = [f'{min(column):.2f}..{max(column):.2f}' for column in zip(*pairs, strict=True)]
-        print(f'| `{module}` | {without:.3f} ({spread[0]}) | {with_us:.3f} ({spread[1]}) | {with_us / without:.3f} |')
+        print(f'| `{module}` | {off:.3f} ({spread[0]}) | {on:.3f} ({spread[1]}) | {on / off:.3f} |')
 
 
 if __name__ == '__main__':

@@ -3,10 +3,13 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import Protocol
 
 import pytest
 import torch
+import torch.nn as nn
+from packaging.version import Version
 
 
 class Python(Protocol):
@@ -28,6 +31,22 @@ def python() -> Python:
         )
         assert result.returncode == 0, f'{code}\n{result.stdout}\n{result.stderr}'
         return result
+
+    return run
+
+
+@pytest.fixture
+def run_onnx(tmp_path) -> Callable[[nn.Module, torch.Tensor], torch.Tensor]:
+    """Export a module to ONNX and run it there: `run_onnx(module, x)`."""
+    onnxruntime = pytest.importorskip('onnxruntime')
+
+    def run(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        path = str(tmp_path / 'model.onnx')
+        # in PyTorch 2.5 the new exporter cannot do a BatchNorm
+        torch.onnx.export(module, (x,), path, dynamo=Version(torch.__version__) >= Version('2.6'))
+        session = onnxruntime.InferenceSession(path)
+        (y,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+        return torch.from_numpy(y)
 
     return run
 

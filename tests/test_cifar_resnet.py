@@ -167,3 +167,11 @@ def test_compile_and_export(name) -> None:
     expected = model(x)
     torch.testing.assert_close(torch.compile(model, fullgraph=True, backend='eager')(x), expected)
     torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), expected)
+
+
+@pytest.mark.filterwarnings('ignore')  # the exporter's own
+@pytest.mark.parametrize('name', ['atac_resnet8_cifar', 'atac_resnet18'])
+def test_onnx(name, run_onnx) -> None:
+    model = timm.create_model(name).eval()
+    x = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(run_onnx(model, x), model(x).detach(), rtol=1e-4, atol=1e-5)

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn as nn
-from packaging.version import Version
 
 from timm_atac import ATAC, LocalSE, NiN, SEActivation
 from timm_atac.layers import get_rd_channels, init_weight_
@@ -16,8 +15,6 @@ from timm_atac.layers import get_rd_channels, init_weight_
 UNITS = [ATAC, SEActivation, NiN, LocalSE]
 # Odd and prime, so that a transposed or flattened axis cannot fit by accident.
 SHAPE = (3, 14, 7, 5)
-# In PyTorch 2.5 the new exporter cannot do a BatchNorm.
-ONNX_DYNAMO = Version(torch.__version__) >= Version('2.6')
 
 
 def make(unit, channels: int = 14, **kwargs) -> Any:
@@ -207,14 +204,10 @@ def test_fx(unit) -> None:
 
 @pytest.mark.filterwarnings('ignore')  # the exporter's own
 @pytest.mark.parametrize('unit', UNITS)
-def test_onnx(unit, tmp_path) -> None:
-    onnxruntime = pytest.importorskip('onnxruntime')
+def test_onnx(unit, run_onnx) -> None:
     module = make(unit).eval()
     x = torch.randn(SHAPE)
-    torch.onnx.export(module, (x,), str(tmp_path / 'unit.onnx'), dynamo=ONNX_DYNAMO)
-    session = onnxruntime.InferenceSession(str(tmp_path / 'unit.onnx'))
-    (y,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
-    torch.testing.assert_close(torch.from_numpy(y), module(x).detach(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(run_onnx(module, x), module(x).detach(), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize('unit', UNITS)
