@@ -113,6 +113,23 @@ def test_output_that_cannot_be_made(tmp_path) -> None:
         ablation.main(['--output', str(tmp_path / 'file' / 'out')])
 
 
+def test_output_that_is_a_file(tmp_path) -> None:
+    (tmp_path / 'file').write_text('')
+    with pytest.raises(SystemExit, match='file is a file; expected a folder'):
+        ablation.main(['--output', str(tmp_path / 'file')])
+    assert [path.name for path in tmp_path.iterdir()] == ['file']
+
+
+def test_table_counts_what_is_there() -> None:
+    def row(activation, seed, accuracy):
+        return ablation.Row(activation, 1, seed, 100, 8, 0.1, accuracy, 1.0)
+
+    text = ablation.table([row('relu', 0, 90.0), row('relu', 1, 92.0), row('atac', 0, 95.0)])
+    assert 'over 1 to 2 seeds' in text
+    assert '91.00 ± 1.41' in text
+    assert 'one seed' in ablation.table([row('relu', 0, 90.0)])
+
+
 def test_interrupt_keeps_the_finished_rows(tmp_path) -> None:
     script = Path(ablation.__file__)
     output = tmp_path / 'out'
@@ -123,7 +140,7 @@ def test_interrupt_keeps_the_finished_rows(tmp_path) -> None:
         text=True,
     )
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 400
         while not (output / 'ablation.csv').exists() or len(read(output / 'ablation.csv')) < 2:
             assert process.poll() is None and time.monotonic() < deadline, 'no two rows'
             time.sleep(0.1)

@@ -1,5 +1,5 @@
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import timm
@@ -95,6 +95,36 @@ def test_without_units_it_is_timms_resnet() -> None:
 def test_wrong_arguments(kwargs, message) -> None:
     with pytest.raises(ValueError, match=message):
         create('atac_resnet18', device='meta', **kwargs)
+
+
+def test_wrong_block() -> None:
+    with pytest.raises(ValueError, match="expected timm's BasicBlock or Bottleneck"):
+        AtacResNet(cast(Any, timm.models.resnetv2.PreActBottleneck), (1, 1, 1, 1))
+
+
+@pytest.mark.parametrize('name', ['atac_resnet18', 'atac_resnet8_cifar'])
+def test_interface_of_timm(name) -> None:
+    model: Any = timm.create_model(name, num_classes=10).eval()
+    x = torch.randn(2, 3, 64, 64)
+    expected = model(x)
+    model.set_grad_checkpointing()
+    torch.testing.assert_close(model(x), expected)
+    assert model.get_classifier() is model.fc
+
+    groups = timm.models.group_parameters(model, model.group_matcher())
+    coarse = timm.models.group_parameters(model, model.group_matcher(coarse=True))
+    names = {n for n, _ in model.named_parameters()}
+    assert {n for group in groups.values() for n in group} == names
+    assert 3 <= len(coarse) <= len(groups)
+
+    features = model.forward_features(x)
+    assert model.forward_head(features, pre_logits=True).shape == (2, model.num_features)
+    model.reset_classifier(7, 'catavgmax')
+    assert model(x).shape == (2, 7)
+    assert model.forward_head(features, pre_logits=True).shape == (2, 2 * model.num_features)
+    model.reset_classifier(0)
+    assert model(x).shape == (2, 2 * model.num_features)
+    assert timm.create_model(name, num_classes=0, global_pool='')(x).shape == features.shape
 
 
 @pytest.mark.parametrize('zero_init_last', [True, False])

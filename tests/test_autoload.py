@@ -199,13 +199,18 @@ def test_failed_registration_leaves_the_registry_as_it_was(python) -> None:
     assert result.stderr.count('RuntimeWarning: timm_atac could not register') == 1
 
 
-def test_failure_that_cannot_be_shown(python) -> None:
-    code = """
+@pytest.mark.parametrize('flags', [(), ('-W', 'error::RuntimeWarning')], ids=['default', 'warnings-are-errors'])
+@pytest.mark.parametrize(
+    'stderr', ['None', 'open("/dev/full", "w", buffering=1)', 'type("Stream", (), dict(write=None, flush=None))()']
+)
+def test_failure_that_cannot_be_shown(python, stderr, flags) -> None:
+    code = f"""
         import sys
         sys.modules['timm_atac.cifar_resnet'] = None
-        sys.stderr.close()
+        sys.stderr, kept = {stderr}, sys.stderr
     """
-    assert 'timm alone' in python(dedent(code) + WITHOUT_US).stdout
+    restore = '\nsys.stderr = kept\nimport os; os._exit(0 if sys.stdout.flush() is None else 1)'
+    assert 'timm alone' in python(dedent(code) + WITHOUT_US + restore, *flags).stdout
 
 
 def test_interrupted_registration_is_made_up_for(python) -> None:

@@ -72,7 +72,18 @@ def test_stages(given, expected) -> None:
     assert check_stages(given, 4) == expected
 
 
-@pytest.mark.parametrize('given', [3, '34', (0,), (5,), (3, 3), (2.0,), (True,), ('3',), None])
+@pytest.mark.parametrize('act_layer', ['prelu', nn.PReLU, partial(ATAC, act_layer='prelu', gate_layer='prelu')])
+def test_device_and_dtype_reach_every_parameter(act_layer) -> None:
+    activation = create_activation(act_layer, 24, device='meta', dtype=torch.float16)
+    assert {(p.device.type, p.dtype) for p in activation.parameters()} == {('meta', torch.float16)}
+
+
+def test_norm_layer_is_for_our_units() -> None:
+    assert isinstance(create_activation(SEModule, 24, norm_layer=nn.BatchNorm2d).bn, nn.Identity)
+    assert isinstance(create_activation(partial(NiN), 24, norm_layer=nn.InstanceNorm2d).bn1, nn.InstanceNorm2d)
+
+
+@pytest.mark.parametrize('given', [3, '34', ([3],), (0,), (5,), (3, 3), (2.0,), (True,), ('3',), None])
 def test_wrong_stages(given) -> None:
     with pytest.raises(ValueError, match=r'expected a tuple of different stage numbers from \(1, 2, 3, 4\)'):
         check_stages(given, 4)

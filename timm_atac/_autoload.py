@@ -7,6 +7,7 @@ waits for `timm.models` rather than `timm`, because timm is half imported when i
 `TIMM_ATAC_DISABLE=1` switches it off.
 """
 
+import contextlib
 import importlib
 import os
 import sys
@@ -149,5 +150,5 @@ def _warn(error: Exception) -> None:
     try:
         warnings.warn(message, RuntimeWarning, stacklevel=2)
     except Exception:  # warnings are errors here, or cannot be shown, and an import of timm must not fail on ours
-        if sys.stderr is not None and not sys.stderr.closed:
+        with contextlib.suppress(Exception):
             print(f'RuntimeWarning: {message}', file=sys.stderr)

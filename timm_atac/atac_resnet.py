@@ -64,7 +64,8 @@ class AtacResNet(ResNet):
         **kwargs: Arguments of timm's `ResNet`; a `norm_layer` goes into the units as well.
 
     Raises:
-        ValueError: `atac_stages` names a stage there is not, or `rd_ratio` goes with an `act_layer` that takes none.
+        ValueError: Another block, `atac_stages` names a stage there is not, or `rd_ratio` goes with an `act_layer` that
+            takes none.
 
     Source:
         ATAC-ResNet-50 of the paper's Table 4; placement and initialisation as in the authors' `ResNet50_v1bATAC`.
@@ -79,6 +80,8 @@ class AtacResNet(ResNet):
         rd_ratio: float | None = None,
         **kwargs,
     ) -> None:
+        if block not in _UNIT_BLOCKS:
+            raise ValueError(f"block={block!r}: expected timm's BasicBlock or Bottleneck of timm.models.resnet.")
         stages = check_stages(atac_stages, num_stages=len(layers))
         unit_layer = partial(create_activation, act_layer, rd_ratio=rd_ratio)
         unit_block = _StageBlock(_UNIT_BLOCKS[block], unit_layer=unit_layer)

@@ -7,6 +7,7 @@ Papers:
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -140,7 +141,7 @@ class CifarResNet(nn.Module):
 
         stages = check_stages(atac_stages, num_stages=len(layers) + 1)
         norm: Any = get_norm_layer(norm_layer)
-        attn_layer = LocalSE if attn_layer == 'local_se' else attn_layer
+        attn_layer = partial(LocalSE, norm_layer=norm) if attn_layer == 'local_se' else attn_layer
         acts = [
             dict(act_layer=act_layer, rd_ratio=rd_ratio) if stage in stages else dict(act_layer=nn.ReLU)
             for stage in range(1, len(layers) + 2)

@@ -83,7 +83,7 @@ class ChannelBottleneck(nn.Module):
 
         self.conv1 = nn.Conv2d(channels, rd_channels, kernel_size=1, bias=False, **dd)
         self.bn1 = norm_layer(rd_channels, **dd)
-        self.act = create_act_layer(act_layer, inplace=True) or nn.Identity()
+        self.act = (create_act_layer(act_layer, inplace=True) or nn.Identity()).to(**dd)  # PReLU has a parameter
         self.conv2 = nn.Conv2d(rd_channels, channels, kernel_size=1, bias=False, **dd)
         self.bn2 = norm_layer(channels, **dd)
         init_weight_(self.conv1.weight)
@@ -129,8 +129,9 @@ class ATAC(ChannelBottleneck):
         device=None,
         dtype=None,
     ) -> None:
-        super().__init__(channels, rd_ratio, act_layer, norm_layer, inplace, device, dtype)
-        self.gate = create_act_layer(gate_layer) or nn.Identity()
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__(channels, rd_ratio, act_layer, norm_layer, inplace, **dd)
+        self.gate = (create_act_layer(gate_layer) or nn.Identity()).to(**dd)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x * self.gate(self.bottleneck(x))

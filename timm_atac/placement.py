@@ -8,7 +8,7 @@ from typing import Any
 import torch.nn as nn
 from timm.layers import LayerType, create_act_layer, get_act_layer
 
-from .layers import init_weight_
+from .layers import ChannelBottleneck, init_weight_
 
 __all__ = ['check_stages', 'create_activation', 'init_weights']
 
@@ -31,7 +31,7 @@ def create_activation(
             the identity.
         channels: Width C of the feature map (B, C, H, W).
         rd_ratio: Width of the bottleneck over C, None for the layer's own.
-        norm_layer: Normalisation inside the layer, None for the layer's own.
+        norm_layer: Normalisation inside a unit of ours, None for the unit's own.
 
     Raises:
         ValueError: A name timm does not know, or `rd_ratio` for a layer that takes none or has it bound already.
@@ -41,7 +41,7 @@ def create_activation(
     except KeyError:
         raise ValueError(
             f"act_layer={act_layer!r}: no activation of that name in timm; expected 'atac', 'se_act', 'nin', "
-            f"a name such as 'relu' or 'silu', or a class."
+            f"a name such as 'relu' or 'silu', or a class. ('local_se' is an attn_layer.)"
         ) from None
     if layer is None:
         return nn.Identity()
@@ -50,11 +50,17 @@ def create_activation(
     bound: dict[str, Any] = layer.keywords if isinstance(layer, partial) else {}
     if rd_ratio is not None and ('rd_ratio' not in accepted or 'rd_ratio' in bound):
         reason = 'has its own already' if 'rd_ratio' in bound else 'has no bottleneck to set the width of'
-        raise ValueError(f'rd_ratio={rd_ratio!r} together with act_layer={act_layer!r}, which {reason}: drop one.')
+        raise ValueError(
+            f'rd_ratio={rd_ratio!r} together with act_layer={act_layer!r}, which {reason}: drop one of the two. '
+            f'(For an attn_layer, give a partial: attn_layer=partial(timm_atac.LocalSE, rd_ratio={rd_ratio!r}).)'
+        )
     if 'channels' not in accepted:
-        return create_act_layer(layer, inplace=True)
+        return create_act_layer(layer, inplace=True).to(device=device, dtype=dtype)
 
-    options = dict(channels=channels, rd_ratio=rd_ratio, norm_layer=norm_layer, device=device, dtype=dtype)
+    options: dict[str, Any] = dict(channels=channels, rd_ratio=rd_ratio, device=device, dtype=dtype)
+    cls = layer.func if isinstance(layer, partial) else layer
+    if isinstance(cls, type) and issubclass(cls, ChannelBottleneck):
+        options['norm_layer'] = norm_layer  # another's norm may be off by default
     return layer(
         **{
             name: value
@@ -79,7 +85,7 @@ def check_stages(atac_stages: Sequence[int], num_stages: int) -> tuple[int, ...]
     """
     allowed = range(1, num_stages + 1)
     stages = tuple(atac_stages) if isinstance(atac_stages, (list, tuple, set, frozenset, range)) else None
-    if stages is None or len(set(stages)) < len(stages) or not all(type(s) is int and s in allowed for s in stages):
+    if stages is None or not all(type(s) is int and s in allowed for s in stages) or len(set(stages)) < len(stages):
         raise ValueError(
             f'atac_stages={atac_stages!r}: expected a tuple of different stage numbers from '
             f'{tuple(allowed)}, such as ({num_stages - 1}, {num_stages}), or () for none.'

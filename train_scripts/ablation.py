@@ -247,7 +247,7 @@ def append(file: TextIO, row: Row) -> None:
     file.flush()
 
 
-def table(rows: list[Row], seeds: int) -> str:
+def table(rows: list[Row]) -> str:
     """The rows as a Markdown table: accuracy for each activation and b, mean and spread over the seeds."""
     depths = sorted({row.blocks for row in rows})
     found: dict[tuple[str, int], list[float]] = defaultdict(list)
@@ -271,7 +271,9 @@ def table(rows: list[Row], seeds: int) -> str:
     body = '\n'.join(
         '| ' + ' | '.join(text.ljust(w) for text, w in zip(line, widths, strict=True)) + ' |' for line in lines
     )
-    spread = f'mean ± standard deviation over {seeds} seeds' if seeds > 1 else 'one seed'
+    seeds = sorted({len(values) for values in found.values() if values})
+    count = f'{seeds[0]} to {seeds[-1]}' if len(seeds) > 1 else f'{seeds[0]}'
+    spread = f'mean ± standard deviation over {count} seeds' if seeds[-1] > 1 else 'one seed'
     return f'Test accuracy in per cent, {spread}:\n\n{body}'
 
 
@@ -320,6 +322,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     runs = [(a, b, s) for b in sorted({*args.blocks}) for a in dict.fromkeys(args.acts) for s in range(args.seeds)]
     for activation, blocks in {(a, b) for a, b, _ in runs}:
         create_model(activation, blocks)  # whatever cannot be built fails before anything is trained
+    if args.output.is_file():
+        sys.exit(f'ablation.py: error: argument --output: {args.output} is a file; expected a folder')
     try:
         output = Path(get_outdir(str(args.output), inc=True))
     except OSError as error:
@@ -342,10 +346,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if interrupted:
         print(f'\nInterrupted after {len(rows)} of {len(runs)} runs.', file=sys.stderr)
     if rows:
+        print(f'\n{table(rows)}\n\nRows: {output / "ablation.csv"}')
         plot(rows, output / 'ablation.png')
-        print(f'\n{table(rows, args.seeds)}\n\nRows: {output / "ablation.csv"}\nPlot: {output / "ablation.png"}')
+        print(f'Plot: {output / "ablation.png"}')
     return 130 if interrupted else 0
 
 
 if __name__ == '__main__':
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)
