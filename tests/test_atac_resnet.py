@@ -122,7 +122,7 @@ def test_interface_of_timm(name) -> None:
     model.reset_classifier(7, 'catavgmax')
     assert model(x).shape == (2, 7)
     assert model.forward_head(features, pre_logits=True).shape == (2, 2 * model.num_features)
-    model.reset_classifier(0)
+    model.reset_classifier(0, 'catavgmax')  # without it timm's older ResNet goes back to its default
     assert model(x).shape == (2, 2 * model.num_features)
     assert timm.create_model(name, num_classes=0, global_pool='')(x).shape == features.shape
 
