@@ -116,6 +116,7 @@ def _cfg(url: str = '', **kwargs) -> dict[str, Any]:
     }
 
 
+# `_register.py` registers the entry function named by each key.
 default_cfgs = generate_default_cfgs(
     {
         'atac_resnet18.untrained': _cfg(),

@@ -368,6 +368,7 @@ def _cfg(url: str = '', **kwargs) -> dict[str, Any]:
     }
 
 
+# `_register.py` registers the entry function named by each key.
 default_cfgs = generate_default_cfgs(
     {
         f'{arch}.{tag}': _cfg(num_classes=num_classes)
