@@ -91,7 +91,7 @@ def test_rd_channels(channels, rd_ratio, expected) -> None:
     assert ATAC(channels, rd_ratio).conv1.out_channels == expected
 
 
-@pytest.mark.parametrize('channels', [0, -4, 2.5, True, '64', None])
+@pytest.mark.parametrize('channels', [0, -4, 2.5, '64'])
 def test_wrong_channels(channels) -> None:
     with pytest.raises(ValueError, match=f'channels={channels!r}: expected an integer >= 1'):
         ATAC(channels)

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from .layers import LocalSE as LocalSE
     from .layers import NiN as NiN
     from .layers import SEActivation as SEActivation
+    from .replace import replace_activations as replace_activations
 
 __version__ = '0.1.0'
 
@@ -22,6 +23,7 @@ _HOMES = {
     'LocalSE': 'layers',
     'NiN': 'layers',
     'SEActivation': 'layers',
+    'replace_activations': 'replace',
 }
 __all__ = [*_HOMES, '__version__']
 

@@ -22,6 +22,8 @@ import torch
 import torch.nn as nn
 from timm.layers import LayerType, create_act_layer, get_norm_layer
 
+from .complete import ChannelModule
+
 __all__ = ['ATAC', 'LocalSE', 'NiN', 'SEActivation']
 
 
@@ -50,42 +52,52 @@ def get_rd_channels(channels: int, rd_ratio: float) -> int:
     return max(1, math.floor(channels * rd_ratio + 1e-6))  # a ratio of 1 / r is seldom exact
 
 
-class ChannelBottleneck(nn.Module):
+class ChannelBottleneck(ChannelModule):
     """What all units share: `BN2(conv2(act(BN1(conv1(x)))))`, 1x1 convolutions C -> max(1, C * rd_ratio) -> C.
 
     The names `conv1`, `bn1`, `conv2`, `bn2` are those of published weights and stay.
 
     Args:
-        channels: Width C of the input (B, C, H, W).
+        channels: Width C of the input. Without it, the unit is completed when it is put into a module: it takes width,
+            layout, device and dtype from the layers around it (`timm_atac.complete`).
         rd_ratio: Width of the bottleneck over C.
         act_layer: Activation inside the bottleneck, None for none.
         norm_layer: Normalisation after each convolution, None for none.
         inplace: Accepted because timm passes it to activations. The input is never changed.
+        input_fmt: Layout of the input: 'NCHW' is (B, C, H, W), 'NCL' (B, C, ...), 'NHWC' and 'NLC' are (B, ..., C).
 
     Raises:
-        ValueError: `channels` is not an integer >= 1, or `rd_ratio` is not in (0, 1].
+        ValueError: `channels` is not an integer >= 1, `rd_ratio` is not in (0, 1], or `input_fmt` is not one of the
+            four. Of a unit that was put where its width cannot be known: from any use of its parameters.
     """
 
     def __init__(
         self,
-        channels: int,
+        channels: int | None = None,
         rd_ratio: float = 0.5,
         act_layer: LayerType | None = nn.ReLU,
         norm_layer: LayerType | None = nn.BatchNorm2d,
         inplace: bool = False,
+        input_fmt: str = 'NCHW',
         device=None,
         dtype=None,
     ) -> None:
-        dd = {'device': device, 'dtype': dtype}
-        super().__init__()
-        rd_channels = get_rd_channels(channels, rd_ratio)
-        norm_layer = get_norm_layer(norm_layer) or _no_norm
+        super().__init__(input_fmt)
+        get_rd_channels(1, rd_ratio)  # an error here, where it was given
+        self.rd_ratio = rd_ratio
+        self._act_layer = act_layer
+        self._norm_layer = get_norm_layer(norm_layer) or _no_norm
+        self.start(channels, device=device, dtype=dtype)
 
+    def build(self, channels: int, device=None, dtype=None) -> None:
+        dd = {'device': device, 'dtype': dtype}
+        rd_channels = get_rd_channels(channels, self.rd_ratio)
         self.conv1 = nn.Conv2d(channels, rd_channels, kernel_size=1, bias=False, **dd)
-        self.bn1 = norm_layer(rd_channels, **dd)
-        self.act = (create_act_layer(act_layer, inplace=True) or nn.Identity()).to(**dd)  # PReLU has a parameter
+        self.bn1 = self._norm_layer(rd_channels, **dd)
+        self.act = create_act_layer(self._act_layer, inplace=True) or nn.Identity()
+        self.act.to(**dd)  # PReLU has a parameter
         self.conv2 = nn.Conv2d(rd_channels, channels, kernel_size=1, bias=False, **dd)
-        self.bn2 = norm_layer(channels, **dd)
+        self.bn2 = self._norm_layer(channels, **dd)
         init_weight_(self.conv1.weight)
         init_weight_(self.conv2.weight)
 
@@ -104,15 +116,19 @@ class ATAC(ChannelBottleneck):
     position alone.
 
     Args:
-        channels: Width C of the input.
+        channels: Width C of the input. Without it, as `act_layer=ATAC` in timm's models, the unit is completed when it
+            is put into a module: it takes width, layout, device and dtype from the layers around it.
         rd_ratio: Width of the bottleneck over C (the paper's 1 / r, r = 2).
         act_layer: Activation inside the bottleneck, None for none.
         norm_layer: Normalisation after each convolution, None for none.
         gate_layer: Squashes the bottleneck's output to the gate, None for none.
         inplace: Accepted because timm passes it to activations. The input is never changed.
+        input_fmt: Layout of the input: 'NCHW' is (B, C, H, W), 'NCL' (B, C, ...), 'NHWC' and 'NLC' are (B, ..., C).
 
     Raises:
-        ValueError: `channels` is not an integer >= 1, or `rd_ratio` is not in (0, 1].
+        ValueError: `channels` is not an integer >= 1, `rd_ratio` is not in (0, 1], or `input_fmt` is not one of the
+            four; an input of another width. Of a unit that was put where its width cannot be known: from any use of
+            its parameters.
 
     Source:
         Section III of the paper; the authors' `ChaATAC`.
@@ -120,20 +136,21 @@ class ATAC(ChannelBottleneck):
 
     def __init__(
         self,
-        channels: int,
+        channels: int | None = None,
         rd_ratio: float = 0.5,
         act_layer: LayerType | None = nn.ReLU,
         norm_layer: LayerType | None = nn.BatchNorm2d,
         gate_layer: LayerType | None = nn.Sigmoid,
         inplace: bool = False,
+        input_fmt: str = 'NCHW',
         device=None,
         dtype=None,
     ) -> None:
         dd = {'device': device, 'dtype': dtype}
-        super().__init__(channels, rd_ratio, act_layer, norm_layer, inplace, **dd)
+        super().__init__(channels, rd_ratio, act_layer, norm_layer, inplace, input_fmt, **dd)
         self.gate = (create_act_layer(gate_layer) or nn.Identity()).to(**dd)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def activate(self, x: torch.Tensor) -> torch.Tensor:
         return x * self.gate(self.bottleneck(x))
 
 
@@ -148,7 +165,7 @@ class SEActivation(ATAC):
         same bottleneck, BatchNorm and inner ReLU included, as in the authors' code (`useGlobal`).
     """
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def activate(self, x: torch.Tensor) -> torch.Tensor:
         return x * self.gate(self.bottleneck(x.mean((2, 3), keepdim=True)))
 
 
@@ -162,7 +179,7 @@ class NiN(ChannelBottleneck):
         and the product: `BN2(conv2(relu(BN1(conv1(x)))))`.
     """
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def activate(self, x: torch.Tensor) -> torch.Tensor:
         return self.bottleneck(x)
 
 

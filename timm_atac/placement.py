@@ -18,6 +18,7 @@ def create_activation(
     channels: int,
     rd_ratio: float | None = None,
     norm_layer: LayerType | None = None,
+    input_fmt: str | None = None,
     device=None,
     dtype=None,
 ) -> nn.Module:
@@ -32,6 +33,7 @@ def create_activation(
         channels: Width C of the feature map (B, C, H, W).
         rd_ratio: Width of the bottleneck over C, None for the layer's own.
         norm_layer: Normalisation inside a unit of ours, None for the unit's own.
+        input_fmt: Layout of the feature map, None for (B, C, H, W).
 
     Raises:
         ValueError: A name timm does not know, or `rd_ratio` for a layer that takes none or has it bound already.
@@ -57,7 +59,9 @@ def create_activation(
     if 'channels' not in accepted:
         return create_act_layer(layer, inplace=True).to(device=device, dtype=dtype)
 
-    options: dict[str, Any] = dict(channels=channels, rd_ratio=rd_ratio, device=device, dtype=dtype)
+    options: dict[str, Any] = dict(
+        channels=channels, rd_ratio=rd_ratio, input_fmt=input_fmt, device=device, dtype=dtype
+    )
     cls = layer.func if isinstance(layer, partial) else layer
     if isinstance(cls, type) and issubclass(cls, ChannelBottleneck):
         options['norm_layer'] = norm_layer  # another's norm may be off by default

@@ -1,0 +1,74 @@
+"""Units that learn their width from where they are put."""
+
+from functools import partial
+from typing import Any
+
+import pytest
+import timm
+import torch
+import torch.nn as nn
+from torch.nn.modules.module import register_module_module_registration_hook
+
+from timm_atac import ATAC, NiN, SEActivation
+
+
+def hooks() -> int:
+    handle = register_module_module_registration_hook(lambda *_: None)
+    handle.remove()
+    return len(handle.hooks_dict_ref() or {})
+
+
+@pytest.mark.parametrize(
+    'layers, channels, input_fmt',
+    [
+        (lambda: [nn.Conv2d(3, 7, 1), ATAC()], 7, 'NCHW'),
+        (lambda: [nn.Linear(3, 7), nn.Dropout(), ATAC(inplace=True)], 7, 'NLC'),
+        (lambda: [nn.Conv1d(3, 7, 1), nn.BatchNorm1d(7), ATAC()], 7, 'NCL'),
+        (lambda: [nn.Linear(3, 7), nn.BatchNorm1d(7), ATAC()], 7, 'NLC'),
+        (lambda: [ATAC(True), nn.Conv2d(7, 3, 1)], 7, 'NCHW'),
+        (lambda: [nn.Sequential(nn.Conv2d(3, 7, 1), nn.GroupNorm(7, 7)), nn.Identity(), ATAC()], 7, 'NCHW'),
+    ],
+)
+def test_width_and_layout(layers, channels, input_fmt) -> None:
+    unit = next(m for m in nn.Sequential(*layers()) if isinstance(m, ATAC))
+    assert (unit.channels, unit.input_fmt) == (channels, input_fmt)
+    assert unit.conv1.weight.shape == (channels // 2, channels, 1, 1)
+    assert hooks() == 0
+
+
+def test_device_and_dtype_of_the_surroundings() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 7, 1, device='meta', dtype=torch.float16), partial(ATAC, rd_ratio=0.25)())
+    assert {(p.device.type, p.dtype) for p in model.parameters()} == {('meta', torch.float16)}
+    unit: Any = model[1]
+    assert unit.conv1.out_channels == 1
+
+
+def test_no_parameter_is_missed_silently() -> None:
+    model = nn.Sequential(ATAC())
+    for use in (
+        lambda: torch.optim.SGD(model.parameters()),
+        lambda: [p.numel() for p in model.parameters()],
+        model.state_dict,
+        model.half,
+        lambda: model(torch.randn(2, 3, 5, 5)),
+    ):
+        with pytest.raises(ValueError, match='was created without `channels`'):
+            use()
+
+
+@pytest.mark.parametrize('unit', [ATAC, SEActivation, NiN])
+@pytest.mark.parametrize('input_fmt, shape', [('NHWC', (3, 5, 7, 14)), ('NLC', (3, 5, 14)), ('NLC', (3, 14))])
+def test_layouts_are_views_of_one_unit(unit, input_fmt, shape) -> None:
+    torch.manual_seed(0)
+    first = unit(14).eval()
+    last = unit(14, input_fmt=input_fmt).eval()
+    last.load_state_dict(first.state_dict())
+    x = torch.randn(shape)
+    nchw = x.reshape(3, 1, -1, 14).permute(0, 3, 1, 2)
+    torch.testing.assert_close(last(x).reshape(3, 1, -1, 14).permute(0, 3, 1, 2), first(nchw))
+
+
+def test_another_width_is_an_error() -> None:
+    model = timm.create_model('res2net50_14w_8s', act_layer='atac')
+    with pytest.raises(ValueError, match=r"'relu' of .*Bottle2neck.*is for 256 channels.*replace_activations"):
+        model(torch.randn(2, 3, 64, 64))
