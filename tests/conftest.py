@@ -12,6 +12,19 @@ import torch.nn as nn
 from packaging.version import Version
 
 
+def pytest_addoption(parser) -> None:
+    parser.addoption(
+        '--all-hosts', action='store_true', help="walk through all of timm's modules: an hour on two cores"
+    )
+
+
+def pytest_collection_modifyitems(config, items) -> None:
+    if not config.getoption('--all-hosts'):
+        for item in items:
+            if item.get_closest_marker('all_hosts'):
+                item.add_marker(pytest.mark.skip(reason='a large model of timm: walked with --all-hosts'))
+
+
 class Python(Protocol):
     def __call__(self, code: str, *flags: str, **env: str) -> subprocess.CompletedProcess: ...
 

@@ -18,6 +18,14 @@ def hooks() -> int:
     return len(handle.hooks_dict_ref() or {})
 
 
+class _Gate(nn.Module):
+    """As in ECA: a convolution over the channels, of which it sees one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(1, 1, 3, padding=1)
+
+
 @pytest.mark.parametrize(
     'layers, channels, input_fmt',
     [
@@ -27,6 +35,11 @@ def hooks() -> int:
         (lambda: [nn.Linear(3, 7), nn.BatchNorm1d(7), ATAC()], 7, 'NLC'),
         (lambda: [ATAC(True), nn.Conv2d(7, 3, 1)], 7, 'NCHW'),
         (lambda: [nn.Sequential(nn.Conv2d(3, 7, 1), nn.GroupNorm(7, 7)), nn.Identity(), ATAC()], 7, 'NCHW'),
+        (lambda: [nn.Conv3d(3, 7, 1), nn.GroupNorm(7, 7), ATAC()], 7, 'NCL'),
+        (lambda: [nn.Conv1d(3, 7, 1), nn.SyncBatchNorm(7), ATAC()], 7, 'NCL'),
+        (lambda: [nn.GroupNorm(7, 7), ATAC()], 7, 'NCHW'),
+        (lambda: [nn.Conv2d(3, 7, 1), nn.LayerNorm((7, 14, 14)), ATAC()], 7, 'NCHW'),
+        (lambda: [nn.Conv2d(3, 7, 1), _Gate(), ATAC()], 7, 'NCHW'),
     ],
 )
 def test_width_and_layout(layers, channels, input_fmt) -> None:

@@ -4,8 +4,10 @@ from typing import Any
 
 import pytest
 import timm
+import torch
 from packaging.requirements import Requirement
 from packaging.version import Version
+from timm.models import nfnet
 from timm_tests import OUR_MODULES
 
 from timm_atac import ATAC, _register, _timm
@@ -80,3 +82,17 @@ def test_failure_in_the_middle_leaves_nothing(monkeypatch) -> None:
         monkeypatch.undo()
         _register.register()
     assert timm.list_models(module=OUR_MODULES) == networks
+
+
+@pytest.mark.parametrize('name', ['atac', 'se_act', 'nin'])
+def test_gain_for_nfnets(name) -> None:
+    """An NFNet scales its weights so that activations keep the variance of a standard normal input."""
+    unit = timm.layers.create_act_layer(name, channels=257)
+    y = unit(torch.randn(64, 257, 7, 5)) * nfnet._nonlin_gamma[name]
+    assert y.std().item() == pytest.approx(1, abs=0.01)
+
+
+def test_a_model_that_wants_a_function_is_told() -> None:
+    model: Any = timm.create_model('dm_nfnet_f0', act_layer='atac', device='meta')
+    with pytest.raises(ValueError, match=r"calls its activation as a function.*replace_activations\(model, 'atac'\)"):
+        model(torch.zeros(2, 3, 64, 64, device='meta'))

@@ -3,6 +3,7 @@
 import re
 
 MIN_TIMM = '1.0.21'  # pyproject.toml says the same; a test compares
+GATED = 1.8462285453386054  # 1 / sqrt(E[sigmoid(z)^2]), z standard normal: the gain of x * sigmoid(BN(...))
 
 
 def register() -> None:
@@ -21,10 +22,12 @@ def register() -> None:
 
     from timm.models import is_model, model_entrypoint, register_model
 
-    from . import _timm, atac_resnet, cifar_resnet, layers
+    from . import _timm, atac_host, atac_resnet, cifar_resnet, layers
 
-    activations = {'atac': layers.ATAC, 'se_act': layers.SEActivation, 'nin': layers.NiN}
-    networks = {name: getattr(module, name) for module in (atac_resnet, cifar_resnet) for name in module.default_cfgs}
+    activations = layers.ACTIVATIONS
+    gains = {'atac': GATED, 'se_act': GATED, 'nin': 1.0}  # NiN ends with a BN
+    modules = (atac_resnet, cifar_resnet, atac_host)
+    networks = {name: getattr(module, name) for module in modules for name in module.default_cfgs}
 
     taken = [f'activation {name!r}' for name, layer in activations.items() if _timm.get_act(name, layer) is not layer]
     taken += [f'model {name!r}' for name, fn in networks.items() if is_model(name) and model_entrypoint(name) is not fn]
@@ -35,9 +38,13 @@ def register() -> None:
             if not is_model(entry_function.__name__):
                 register_model(entry_function)
         for name, layer in activations.items():
-            _timm.add_act(name, layer)
+            _timm.add_act(name, layer, gains[name])
     except BaseException:
-        _timm.forget(networks=networks, modules=['atac_resnet', 'cifar_resnet'], activations=activations)
+        _timm.forget(
+            networks=networks,
+            modules=[module.__name__.rpartition('.')[2] for module in modules],
+            activations=activations,
+        )
         raise
 
 

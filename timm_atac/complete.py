@@ -3,7 +3,7 @@
 timm creates activations with `act_layer(inplace=True)` and tells them nothing. A unit created like that waits. PyTorch
 calls a hook of ours whenever a module is put into another one, and there the unit gets width, layout, device and dtype
 from the layers around it (`timm_atac.width`). No forward pass, nothing of timm is patched, and the hook is there only
-while a unit waits.
+while a unit waits: it goes with the first registration after the last one is complete, or gone.
 """
 
 import threading
@@ -170,7 +170,7 @@ def _complete(unit: ChannelModule, width: Width) -> None:
     unit.place += f', its width from {width.name!r},'
     unit.complete(
         width.channels,
-        width.input_fmt or 'NLC',
+        width.likely_fmt,
         device=like.device if like is not None else None,
         dtype=like.dtype if like is not None else None,
     )

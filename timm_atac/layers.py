@@ -24,7 +24,7 @@ from timm.layers import LayerType, create_act_layer, get_norm_layer
 
 from .complete import ChannelModule
 
-__all__ = ['ATAC', 'LocalSE', 'NiN', 'SEActivation']
+__all__ = ['ACTIVATIONS', 'ATAC', 'LocalSE', 'NiN', 'SEActivation']
 
 
 def init_weight_(weight: torch.Tensor) -> None:
@@ -194,6 +194,10 @@ class LocalSE(ATAC):
         LocalSENet, compared with ATAC in Tables 2 and 3. The slides show it as a picture, read here as an SE block (Hu
         et al. 2018) whose gate is `ATAC`'s: no pool, r = 2, BatchNorm, ReLU inside.
     """
+
+
+# the names of those that take an activation's place, as timm's `act_layer` has them
+ACTIVATIONS: dict[str, type[ChannelBottleneck]] = {'atac': ATAC, 'se_act': SEActivation, 'nin': NiN}
 
 
 def _no_norm(channels: int, device=None, dtype=None) -> nn.Module:

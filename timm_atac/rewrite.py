@@ -1,8 +1,12 @@
 """One module's forward as a graph, with a unit of its own at each place where it calls an activation (torch.fx)."""
 
+import ast
+import copy
 import inspect
 import itertools
 import linecache
+import random
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -12,10 +16,11 @@ from typing import Any
 import torch
 import torch.fx as fx
 import torch.nn as nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from .trace import FUNCTIONS, Invocation
 
-__all__ = ['Site', 'Untraceable', 'rewrite', 'sites_of']
+__all__ = ['Site', 'Untraceable', 'called_for_effect', 'rewrite', 'sites_of']
 
 
 class Untraceable(Exception):
@@ -38,25 +43,26 @@ class _Tracer(fx.Tracer):
         return True
 
 
-def sites_of(module: nn.Module, invocation: Invocation) -> tuple[fx.Graph, list[Site]]:
+def sites_of(module: nn.Module, invocation: Invocation) -> tuple[fx.Graph, list[Site], frozenset[str]]:
     """Trace `module.forward` as it was invoked, and find the activations that the invocation called.
 
+    Returns:
+        The graph, its sites, and the attributes whose values have become part of it.
+
     Raises:
-        Untraceable: The forward pass branches on values, differs between training and inference, or the graph does not
-            call what the invocation called.
+        Untraceable: The forward pass branches on values, differs between training and inference, changes its module,
+            draws random numbers, or the graph does not call what the invocation called.
     """
-    if any(name.startswith('forward_') and name != 'forward_' for name in dir(type(module))):
+    if isinstance(module, fx.GraphModule):
+        raise Untraceable('it is a graph already, which would be made again from what it was')
+    if 'forward' in vars(module):
+        raise Untraceable('its forward is an attribute of its own')
+    if is_parametrized(module):
+        raise Untraceable('it has parametrizations')
+    if any(name.startswith('forward_') for name in dir(type(module))):
         raise Untraceable('there are other ways through it than its forward')
-    training = module.training
-    try:
-        graphs = []
-        for mode in (True, False):
-            module.training = mode
-            graphs.append(_Tracer().trace(module, concrete_args=_left_out(module, invocation)))
-    except Exception as error:
-        raise Untraceable(f'its forward pass cannot be traced ({str(error).splitlines()[0]})') from error
-    finally:
-        module.training = training
+    read: set[str] = set()
+    graphs = [_trace(module, invocation, training, read) for training in (True, False)]
     if graphs[0].python_code('self').src != graphs[1].python_code('self').src:
         raise Untraceable('its forward pass in training is another than in inference')
 
@@ -79,11 +85,53 @@ def sites_of(module: nn.Module, invocation: Invocation) -> tuple[fx.Graph, list[
         raise Untraceable('its graph does not call the activations that its forward pass called')
     if any(not site.node.users for site, _ in found):
         raise Untraceable('it calls an activation for its effect on the input')
-    return graph, [site for site, _ in found]
+    return graph, [site for site, _ in found], frozenset(read)
+
+
+def _trace(module: nn.Module, invocation: Invocation, training: bool, read: set[str]) -> fx.Graph:
+    """One trace, of a shallow copy, which has what the forward pass sets; adds the attributes that it reads."""
+    twin = copy.copy(module)
+    vars(twin)['_modules'] = dict(module._modules)
+    twin.training = training
+    before = dict(vars(twin))
+    twin.__class__ = _recording(type(module), read)
+    state = random.getstate(), torch.get_rng_state()
+    try:
+        graph = _Tracer().trace(twin, concrete_args=_left_out(module, invocation))
+    except Exception as error:
+        raise Untraceable(f'its forward pass cannot be traced ({str(error).splitlines()[0]})') from error
+    if random.getstate() != state[0] or not torch.equal(torch.get_rng_state(), state[1]):
+        raise Untraceable('its forward pass draws random numbers')
+    if {k: id(v) for k, v in vars(twin).items()} != {k: id(v) for k, v in before.items()}:
+        raise Untraceable('its forward pass sets attributes, or makes tensors, of its own')
+    placeholders = [node for node in graph.nodes if node.op == 'placeholder']
+    names = [p for p in inspect.signature(module.forward).parameters]
+    if len(placeholders) != len(names) or isinstance(graph._codegen, fx.graph._PyTreeCodeGen):
+        raise Untraceable('its arguments have defaults that a graph cannot have')
+    for node, name in zip(placeholders, names, strict=True):
+        if not node.target.startswith('*'):
+            node.target = name  # torch.fx gives those with a default another
+    return graph
+
+
+def _recording(base: type[nn.Module], read: set[str]) -> type[nn.Module]:
+    """Subclass that notes which plain attributes of an instance are read: flags and numbers."""
+
+    def get(self: nn.Module, name: str) -> Any:
+        value = base.__getattribute__(self, name)
+        if not name.startswith('_') and name != 'training' and name in object.__getattribute__(self, '__dict__'):
+            read.add(name)
+        return value
+
+    return type(base.__name__, (base,), {'__getattribute__': get, '__module__': base.__module__})
 
 
 def rewrite(
-    module: nn.Module, graph: fx.Graph, sites: Sequence[Site], units: Sequence[nn.Module | None]
+    module: nn.Module,
+    graph: fx.Graph,
+    sites: Sequence[Site],
+    units: Sequence[nn.Module | None],
+    fixed: frozenset[str],
 ) -> tuple[type[nn.Module], dict[str, nn.Module]]:
     """The class and the new children that give `module` a unit of its own at each site.
 
@@ -92,6 +140,7 @@ def rewrite(
         graph: Of its forward; changed.
         sites: Where it calls activations.
         units: What goes to each site, None for what is there.
+        fixed: Attributes whose values are part of the graph: setting another one becomes an error.
     """
     taken = {site.name for site, unit in zip(sites, units, strict=True) if unit is None}
     children: dict[str, nn.Module] = {}
@@ -107,7 +156,7 @@ def rewrite(
         site.node.replace_all_uses_with(call)
         graph.erase_node(site.node)
     code = graph.python_code('self')
-    return _with_forward(type(module), code.src, code.globals), children
+    return _with_forward(type(module), code.src, code.globals, fixed), children
 
 
 def _free_name(module: nn.Module, site: Site, taken: set[str]) -> str:
@@ -118,37 +167,55 @@ def _free_name(module: nn.Module, site: Site, taken: set[str]) -> str:
     return next(n for n in itertools.chain([base], numbered) if n not in taken and (own or not hasattr(module, n)))
 
 
-def _with_forward(base: type[nn.Module], source: str, names: dict[str, Any]) -> type[nn.Module]:
+def _with_forward(base: type[nn.Module], source: str, names: dict[str, Any], fixed: frozenset[str]) -> type[nn.Module]:
     """Subclass of `base` whose forward is `source`, for which `names` are the globals; always the same one."""
-    key = (base, source, tuple(sorted((k, id(v)) for k, v in names.items())))
+    key = (
+        base,
+        source,
+        tuple(sorted((k, repr(v) if isinstance(v, float) else id(v)) for k, v in names.items())),
+        fixed,
+    )
     if key in _classes:
         return _classes[key]
     filename = f'<{base.__qualname__} with its own units {len(_classes)}>'
     linecache.cache[filename] = (len(source), None, source.splitlines(True), filename)  # for tracebacks and TorchScript
     namespace = dict(names)
     exec(compile(source, filename, 'exec'), namespace)
+
+    def set_attribute(self: nn.Module, name: str, value: Any) -> None:
+        now = getattr(self, name, None) if name in fixed else value
+        if value is not now and (type(value) is not type(now) or isinstance(value, torch.Tensor) or value != now):
+            raise AttributeError(
+                f'{name} = {value!r}: when the activations of this {base.__qualname__} were replaced it was {now!r}, '
+                f'which is now part of its forward pass. Set it before replace_activations.'
+            )
+        base.__setattr__(self, name, value)
+
     attributes = {
         'forward': namespace['forward'],
+        '__setattr__': set_attribute,
         '__reduce_ex__': _reduce,
         '__module__': base.__module__,
         '__qualname__': base.__qualname__,
         '__doc__': base.__doc__,
-        '_made_of': (base, source, names),
+        '_made_of': (base, source, names, fixed),
     }
     return _classes.setdefault(key, type(base.__name__, (base,), attributes))
 
 
 def _reduce(self: Any, protocol: Any) -> tuple:
     """Copying and pickling: the class is made anew, because no module has it."""
-    base, source, names = type(self)._made_of
+    base, source, names, fixed = type(self)._made_of
     modules = {k: v.__name__ for k, v in names.items() if isinstance(v, ModuleType)}
     others = {k: v for k, v in names.items() if k not in modules}
-    return _recreate, (base, source, modules, others), vars(self)
+    return _recreate, (base, source, modules, others, fixed), self.__getstate__()
 
 
-def _recreate(base: type[nn.Module], source: str, modules: dict[str, str], others: dict[str, Any]) -> nn.Module:
+def _recreate(
+    base: type[nn.Module], source: str, modules: dict[str, str], others: dict[str, Any], fixed: frozenset[str]
+) -> nn.Module:
     names = {**others, **{k: import_module(v) for k, v in modules.items()}}
-    cls = _with_forward(base, source, names)
+    cls = _with_forward(base, source, names, fixed)
     return cls.__new__(cls)
 
 
@@ -164,3 +231,13 @@ def _left_out(module: nn.Module, invocation: Invocation) -> dict[str, Any]:
         for i, p in enumerate(parameters)
         if i >= positional and p.name not in by_name and p.default is not inspect.Parameter.empty
     }
+
+
+def called_for_effect(owner: nn.Module, child: str) -> bool:
+    """Whether a forward calls `self.child(...)` as a statement: an in-place activation, whose result nobody takes."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(type(owner).forward)))
+    except (OSError, TypeError, SyntaxError):  # no source: of a class from an interactive session, say
+        return False
+    statements = [node.value for node in ast.walk(tree) if isinstance(node, ast.Expr)]
+    return any(isinstance(s, ast.Call) and ast.unparse(s.func) == f'self.{child}' for s in statements)

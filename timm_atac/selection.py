@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
+from inspect import signature
 from typing import Any
 
 import torch.nn as nn
@@ -43,7 +44,7 @@ class Selection:
         self.patterns = [w for w in choices if isinstance(w, str)]
         self.types = tuple(w for w in choices if isinstance(w, type))
         self.stages = [w for w in choices if isinstance(w, int) and not isinstance(w, bool)]
-        self.functions = [w for w in choices if callable(w) and not isinstance(w, type)]
+        self.functions = [w for w in choices if callable(w) and not isinstance(w, (type, nn.Module)) and _takes_two(w)]
         understood = [*self.patterns, *self.types, *self.stages, *self.functions]
         if not self.everything and (not choices or len(understood) < len(choices)):
             raise ValueError(
@@ -51,6 +52,18 @@ class Selection:
                 f'(4, or -1 for the last), a function of name and module, or a sequence of those.'
             )
         self._steps: list[tuple[int, int]] = []
+
+    def portable(self, chosen: Iterable[str]) -> list[str | int] | None:
+        """The same choice without types and functions, which no config.json can hold.
+
+        Args:
+            chosen: Names of what they have chosen.
+        """
+        if self.everything:
+            return None
+        if self.types or self.functions:
+            return list(dict.fromkeys(chosen))
+        return [*self.patterns, *self.stages]
 
     def watch_stages(self, model: nn.Module, trace: Trace) -> None:
         """Find when the chosen stages ran.
@@ -93,6 +106,14 @@ class Selection:
             or any(function(name, module) for name in names for function in self.functions)
             or any(step is not None and first < step <= last for first, last in self._steps)
         )
+
+
+def _takes_two(function: Callable) -> bool:
+    try:
+        signature(function).bind('name', None)
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def _stage_spans(model: nn.Module, trace: Trace) -> list[tuple[int, int]]:

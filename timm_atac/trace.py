@@ -3,10 +3,11 @@
 Runs on the `meta` device where the model can, so that nothing is computed and no memory is spent.
 """
 
+import copy
 import re
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
 
 __all__ = ['Call', 'Invocation', 'Trace', 'is_activation', 'trace']
 
@@ -26,7 +28,9 @@ FUNCTIONS: dict[Any, str] = {
     for function in (getattr(home, name, None), getattr(home, f'{name}_', None))
     if function is not None
 }
-_CHANNELS_FIRST = re.compile(r'^(conv(_transpose)?[123]d|(batch|group|instance)_norm|.*pool[123]d.*)$')
+_CHANNELS_FIRST = re.compile(
+    r'^(conv(_transpose)?(?P<dims>[123])d|(batch|group|instance)_norm|.*pool[123]d.*|pixel_(un)?shuffle|channel_shuffle)$'
+)
 _CHANNELS_LAST = ('linear', 'layer_norm', 'rms_norm')
 
 
@@ -39,6 +43,16 @@ class Call:
     channel_dim: int | None  # 1 or the last; None: could not be followed
     layer: nn.Module | None  # the last convolution, linear or normalisation layer before it
     step: int  # when
+
+    @property
+    def width(self) -> tuple[int, str] | None:
+        """Channels and layout of the input, None where they cannot be told."""
+        dims = len(self.shape)
+        if self.channel_dim is None or dims < 2:
+            return None
+        if self.channel_dim == 1 and dims > 2:
+            return self.shape[1], 'NCHW' if dims == 4 else 'NCL'
+        return self.shape[-1], 'NHWC' if dims == 4 else 'NLC'
 
 
 @dataclass
@@ -58,6 +72,7 @@ class Trace:
 
     invocations: list[Invocation]
     output: Any
+    on_meta: bool
 
     def calls(self) -> Iterator[tuple[Invocation, Call]]:
         for invocation in self.invocations:
@@ -71,33 +86,31 @@ def is_activation(module: nn.Module) -> bool:
 
 
 def trace(model: nn.Module, inputs: tuple, watch: set[nn.Module]) -> Trace:
-    """Run `model(*inputs)` in inference mode, on `meta` where possible, and watch the activations in `watch`.
+    """Run `model(*inputs)` with `eval()` and no gradients, on `meta` where possible, and watch the activations.
 
     Args:
-        model: Unchanged afterwards.
+        model: Unchanged afterwards, but for what its own code leaves in it if it does not run on `meta`.
         inputs: Positional arguments.
         watch: Modules that are taken for activations.
 
     Raises:
         Exception: What the forward pass raises on the model's own device.
     """
-    try:
+    with suppress(Exception):  # meta tensors have no values to branch on, and some code makes tensors on the CPU
         return _run(model, inputs, watch, on_meta=True)
-    except Exception:  # meta tensors have no values to branch on, and tensors that are no buffers stay where they are
-        return _run(model, inputs, watch, on_meta=False)
+    return _run(model, inputs, watch, on_meta=False)
 
 
 def _run(model: nn.Module, inputs: tuple, watch: set[nn.Module], on_meta: bool) -> Trace:
-    tensors: dict[str, torch.Tensor] = {}
+    original = {module: module for module in model.modules()}
     if on_meta:
-        inputs = torch.utils._pytree.tree_map_only(torch.Tensor, _to_meta, inputs)
-        named = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
-        tensors = {name: _to_meta(t) for name, t in named}
-    watcher = _Watcher(watch)
+        model, original = _meta_copy(model)
+        inputs = tree_map_only(torch.Tensor, _to_meta, inputs)
+    watcher = _Watcher(watch, original)
     with ExitStack() as stack:
         stack.enter_context(_inference(model))
         stack.enter_context(torch.no_grad())
-        for module in dict.fromkeys(model.modules()):
+        for module in original:
             handles = (
                 module.register_forward_pre_hook(watcher.enter, with_kwargs=True, prepend=True),
                 module.register_forward_hook(watcher.leave),
@@ -105,38 +118,60 @@ def _run(model: nn.Module, inputs: tuple, watch: set[nn.Module], on_meta: bool) 
             for handle in handles:
                 stack.callback(handle.remove)
         stack.enter_context(watcher)
-        output = torch.func.functional_call(model, tensors, inputs, tie_weights=False) if on_meta else model(*inputs)
-    return Trace(watcher.invocations, output)
+        output = model(*inputs)
+    return Trace(watcher.invocations, output, on_meta)
+
+
+def _meta_copy(model: nn.Module) -> tuple[nn.Module, dict[nn.Module, nn.Module]]:
+    """A copy without values, so that what a forward pass leaves in it (cached masks) is not left in the model.
+
+    Returns:
+        The copy, and for each of its modules the one it is a copy of.
+    """
+    memo: dict[int, Any] = {}  # deepcopy takes from here what it would have copied
+    for module in model.modules():
+        for value in (*module._parameters.values(), *module._buffers.values(), *vars(module).values()):
+            if isinstance(value, torch.Tensor):
+                memo[id(value)] = _to_meta(value)
+    copied = copy.deepcopy(model, memo)
+    return copied, {memo[id(module)]: module for module in model.modules()}
 
 
 def _to_meta(t: torch.Tensor) -> torch.Tensor:
-    return t.detach().to('meta')
+    meta = t.detach().to('meta')
+    return nn.Parameter(meta, requires_grad=False) if isinstance(t, nn.Parameter) else meta
 
 
 @contextmanager
 def _inference(model: nn.Module) -> Iterator[None]:
     modes = {module: module.training for module in model.modules()}
+    buffers = {buffer: buffer.clone() for buffer in model.buffers()}
     try:
         model.eval()
         yield
     finally:
         for module, training in modes.items():
             module.training = training
+        with torch.no_grad():
+            for buffer, value in buffers.items():
+                buffer.copy_(value)
 
 
 class _Watcher(TorchFunctionMode):
     """Follows the channel dimension through PyTorch's functions, and keeps the stack of running modules."""
 
-    def __init__(self, watch: set[nn.Module]) -> None:
+    def __init__(self, watch: set[nn.Module], original: Mapping[nn.Module, nn.Module]) -> None:
         super().__init__()
         self.watch = watch
+        self._original = original
         self.invocations: list[Invocation] = []
         self._stack: list[Invocation] = []
-        self._last: tuple[nn.Module | None, int, bool] | None = None  # layer, its channels, whether they come last
+        self._last: tuple[nn.Module | None, int] | None = None  # layer, its channels
         self._step = 0
 
     def enter(self, module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> None:
         self._step += 1
+        module = self._original[module]
         if module in self.watch and args and isinstance(args[0], torch.Tensor):
             self._call(module, args[0])
         self._stack.append(Invocation(module, (len(args), tuple(kwargs)), self._step))
@@ -144,7 +179,11 @@ class _Watcher(TorchFunctionMode):
 
     def leave(self, module: nn.Module, args: tuple, output: Any) -> None:
         self._step += 1
-        self._stack.pop().end = self._step
+        left = self._stack.pop()
+        left.end = self._step
+        calls = self._stack[-1].calls if self._stack else []
+        if calls and calls[-1].activation is left.module and isinstance(output, torch.Tensor):
+            output._timm_atac_call = calls[-1]  # type: ignore[attr-defined]
 
     def _call(self, activation: nn.Module | str, x: torch.Tensor) -> None:
         if self._stack:
@@ -152,40 +191,69 @@ class _Watcher(TorchFunctionMode):
             self._stack[-1].calls.append(Call(activation, tuple(x.shape), self._channel_dim(x), layer, self._step))
 
     def _channel_dim(self, x: torch.Tensor) -> int | None:
+        """Dimension of the channels; of a tensor that could not be followed, the one that fits the last layer.
+
+        None where neither tells: then the next layer does (`_resolve`), or nobody.
+        """
         dim = getattr(x, '_timm_atac_dim', None)
+        if dim is None and x.ndim == 2:
+            return 1
         if dim is None and self._last is not None and x.ndim > 1:
-            _, channels, last = self._last
-            fits = [d for d in {1, x.ndim - 1} if x.shape[d] == channels]
-            dim = fits[0] if len(fits) == 1 else x.ndim - 1 if last else 1
+            fits = [d for d in {1, x.ndim - 1} if x.shape[d] == self._last[1]]
+            dim = fits[0] if len(fits) == 1 else None
         return dim
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         inside = self._stack[-1].module if self._stack else None
-        if func in FUNCTIONS and inside not in self.watch and args and isinstance(args[0], torch.Tensor):
-            self._call(FUNCTIONS[func], args[0])
-        output = func(*args, **kwargs)
         name = getattr(func, '__name__', '')
+        is_call = func in FUNCTIONS and inside not in self.watch and args and isinstance(args[0], torch.Tensor)
+        if is_call:
+            self._call(FUNCTIONS[func], args[0])
+        if _tells_channels(name, args):
+            _resolve(args[0], last=name in _CHANNELS_LAST)
+        output = func(*args, **kwargs)
+        if is_call and self._stack and isinstance(output, torch.Tensor):
+            output._timm_atac_call = self._stack[-1].calls[-1]  # type: ignore[attr-defined]
         outputs = [
             t for t in (output if isinstance(output, (tuple, list)) else [output]) if isinstance(t, torch.Tensor)
         ]
-        if name in _CHANNELS_LAST or _CHANNELS_FIRST.match(name):
+        if _tells_channels(name, args):
             for t in outputs:
                 if t.ndim > 1:
                     last = name in _CHANNELS_LAST or t.ndim == 2  # (B * N, C): tokens, on their way through a norm
                     dim = t.ndim - 1 if last else 1
                     t._timm_atac_dim = dim  # type: ignore[attr-defined]
                     if 'pool' not in name:
-                        self._last = (inside, t.shape[dim], last)
+                        self._last = (inside, t.shape[dim])
         else:
             for t in outputs:
                 _follow(name, args, kwargs, t)
         return output
 
 
+def _tells_channels(name: str, args: tuple) -> bool:
+    """Whether a function's output has its channels where functions of that kind have them."""
+    if name == 'layer_norm':
+        return len(args) > 1 and len(args[1]) == 1  # over more dimensions it may be any layout's
+    first = _CHANNELS_FIRST.match(name)
+    if first and first['dims'] and isinstance(args[0], torch.Tensor):
+        return args[0].ndim == int(first['dims']) + 2  # one dimension less is one image without its batch
+    return first is not None or name in _CHANNELS_LAST
+
+
+def _resolve(x: Any, last: bool) -> None:
+    """Let the layer that takes an activation's output tell its channels, where nothing before it has."""
+    call = getattr(x, '_timm_atac_call', None)
+    if call is not None and call.channel_dim is None and len(call.shape) == x.ndim:
+        call.channel_dim = x.ndim - 1 if last else 1
+
+
 def _follow(name: str, args: tuple, kwargs: Mapping[str, Any], output: torch.Tensor) -> None:
-    """Give a function's output the channel dimension of its input, where that is clear."""
+    """Give a function's output the channel dimension of its input, and its activation, where that is clear."""
     flat = [a for arg in args for a in (arg if isinstance(arg, (tuple, list)) else [arg])]
+    for call in (a._timm_atac_call for a in flat if hasattr(a, '_timm_atac_call') and a.shape == output.shape):
+        output._timm_atac_call = call  # type: ignore[attr-defined]
     source = next((a for a in flat if isinstance(a, torch.Tensor) and hasattr(a, '_timm_atac_dim')), None)
     if source is None or source is output or output.ndim < 2:
         return
@@ -193,8 +261,8 @@ def _follow(name: str, args: tuple, kwargs: Mapping[str, Any], output: torch.Ten
     new: int | None = None
     if name in ('permute', 'transpose', 'swapaxes', 'swapdims', 'movedim', 'moveaxis'):
         new = _permuted(name, args, kwargs, dim, dims)
-    elif name in ('matmul', '__matmul__', 'bmm', 'mm', 'einsum', 'scaled_dot_product_attention'):
-        new = None
+    elif name in ('matmul', '__matmul__', 'bmm', 'mm', 'einsum', 'scaled_dot_product_attention', '__get__'):
+        return  # `__get__` is of attributes, such as x.mT
     elif output.ndim == dims and (output.shape[dim] == source.shape[dim] or _same_but(output, source, dim)):
         new = dim
     elif dim == dims - 1 and output.shape[-1] == source.shape[-1]:
