@@ -1,6 +1,7 @@
 """benchmarks/act_layer.py"""
 
 import re
+from pathlib import Path
 
 import act_layer
 import pytest
@@ -18,6 +19,16 @@ def test_sizes_and_times(monkeypatch, capsys) -> None:
 
 def test_size_is_what_is_known_of_resnet50() -> None:
     assert act_layer.size(act_layer.make('resnet50', '', device='meta')) == pytest.approx((25.557, 4.089), abs=1e-3)
+
+
+@pytest.mark.slow
+def test_readme_has_the_sizes(monkeypatch, capsys) -> None:
+    monkeypatch.setattr('sys.argv', ['act_layer.py'])
+    act_layer.main()
+    readme = (Path(__file__).parent.parent / 'README.md').read_text()
+    table = capsys.readouterr().out
+    assert table.count('\n') == 2 + len(act_layer.MODELS)
+    assert table in readme
 
 
 def test_ways() -> None:

@@ -9,22 +9,9 @@ import timm
 import torch
 import torch.nn as nn
 import torchvision
-from hosts import by_act_layer, by_replacing
 
 from timm_atac import ATAC, NiN, replace_activations
 from timm_atac.plan import UnitPerWidth
-
-MODULES = ['resnet', 'levit', 'starnet', 'vision_transformer', 'mambaout']
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize('way', [by_act_layer, by_replacing])
-@pytest.mark.parametrize('module', MODULES)
-def test_hosts(module, way) -> None:
-    row = way(module)
-    assert row.result == 'ok', row
-    assert row.units
-    assert row.features in ('ok', ''), row
 
 
 def test_one_unit_for_each_place() -> None:

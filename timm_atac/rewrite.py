@@ -99,13 +99,14 @@ def _trace(module: nn.Module, invocation: Invocation, training: bool, read: set[
     try:
         graph = _Tracer().trace(twin, concrete_args=_left_out(module, invocation))
     except Exception as error:
-        raise Untraceable(f'its forward pass cannot be traced ({str(error).splitlines()[0]})') from error
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise Untraceable(f'its forward pass cannot be traced ({reason})') from error
     if random.getstate() != state[0] or not torch.equal(torch.get_rng_state(), state[1]):
         raise Untraceable('its forward pass draws random numbers')
     if {k: id(v) for k, v in vars(twin).items()} != {k: id(v) for k, v in before.items()}:
         raise Untraceable('its forward pass sets attributes, or makes tensors, of its own')
     placeholders = [node for node in graph.nodes if node.op == 'placeholder']
-    names = [p for p in inspect.signature(module.forward).parameters]
+    names = list(inspect.signature(module.forward).parameters)
     if len(placeholders) != len(names) or isinstance(graph._codegen, fx.graph._PyTreeCodeGen):
         raise Untraceable('its arguments have defaults that a graph cannot have')
     for node, name in zip(placeholders, names, strict=True):
@@ -183,7 +184,7 @@ def _with_forward(base: type[nn.Module], source: str, names: dict[str, Any], fix
     exec(compile(source, filename, 'exec'), namespace)
 
     def set_attribute(self: nn.Module, name: str, value: Any) -> None:
-        now = getattr(self, name, None) if name in fixed else value
+        now: Any = getattr(self, name, None) if name in fixed else value
         if value is not now and (type(value) is not type(now) or isinstance(value, torch.Tensor) or value != now):
             raise AttributeError(
                 f'{name} = {value!r}: when the activations of this {base.__qualname__} were replaced it was {now!r}, '
