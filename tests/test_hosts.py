@@ -11,7 +11,7 @@ import torch
 import torch.nn as nn
 from packaging.version import Version
 
-SMALL = 3.0  # million parameters: a model up to here is walked in every run, all others with --all-hosts
+SMALL = 2.0  # million parameters: a model up to here is walked in every run, all others with --all-hosts
 WAYS = {'By `act_layer`': hosts.by_act_layer, 'By `replace_activations`': hosts.by_replacing}
 PAGE = hosts.PAGE.read_text()
 TIMM = PAGE.splitlines()[0].split()[-1]
