@@ -65,7 +65,7 @@ there are no tokens, which have no map to pool; "-" is: not there.
 Layouts after `replace_activations`, in modules: {layouts}.
 """
 
-Make = Callable[..., nn.Module]
+Make = Callable[..., Any]
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ def _row(module: str, name: str, way: str, make: Make, se_act: Make, nin: Make) 
     count = len(units(model))
     added = sum(p.numel() for _, p in unit_parameters(model))
     others = sum(p.numel() for p in model.parameters()) - added
-    shared = sum(r.places > 1 for r in model.replaced_activations.replaced) if way == 'replace' else 0  # type: ignore
+    shared = sum(r.places > 1 for r in model.replaced_activations.replaced) if way == 'replace' else 0
     spatial = layouts <= {'NCHW', 'NHWC'}
     return Row(
         module,

@@ -81,12 +81,13 @@ def test_saved_by_act_layer(tmp_path) -> None:
 @pytest.mark.parametrize('how', ['act_layer', 'replaced'])
 def test_from_the_hub_with_no_import_of_ours(how, python, tmp_path) -> None:
     """As `hf-hub:` finds it once it is downloaded."""
+    model: Any
     if how == 'act_layer':
         model = timm.create_model('resnet18', act_layer='atac', num_classes=7)
         args: dict[str, Any] = {'act_layer': 'atac'}
     else:
         model = replace_activations(timm.create_model('resnet18', num_classes=7), where=(3, 4))
-        args = model.replaced_activations.model_args  # type: ignore
+        args = model.replaced_activations.model_args
     randomise(model)
     repository = tmp_path / 'hub' / 'models--somebody--net'
     commit = '0' * 40
