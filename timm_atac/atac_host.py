@@ -14,13 +14,8 @@ __all__ = ['atac_host']
 
 # What timm's builder is for; all else is the host's.
 _BUILDER_ARGS = ('feature_cls', 'features_only', 'out_indices', 'pretrained_model_args', 'pretrained_strict')
-_WEIGHTS = (
-    'file',
-    'hf_hub_filename',
-    'hf_hub_id',
-    'state_dict',
-    'url',
-)  # what a pretrained_cfg has to say where they are
+# What says in a pretrained_cfg where its weights are.
+_WEIGHTS = ('file', 'hf_hub_filename', 'hf_hub_id', 'state_dict', 'url')
 
 # `_register.py` registers the entry function named by each key.
 default_cfgs = generate_default_cfgs(
