@@ -11,6 +11,7 @@ import torch
 import torch.nn as nn
 from packaging.version import Version
 
+os.environ.pop('TIMM_ATAC_HUB_ORG', None)  # the weights of a tag are the authors'
 if 'PYTEST_XDIST_WORKER_COUNT' in os.environ:  # several processes with as many threads as cores wait for each other
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ['PYTEST_XDIST_WORKER_COUNT'])))
 

@@ -159,5 +159,5 @@ def test_pretrained_with_other_input_and_classes(in_chans, tmp_path) -> None:
 
 def test_default_cfg() -> None:
     cfg = create('atac_resnet50', device='meta').pretrained_cfg
-    assert (cfg['architecture'], cfg['tag'], cfg['input_size']) == ('atac_resnet50', 'untrained', (3, 224, 224))
+    assert (cfg['architecture'], cfg['tag'], cfg['input_size']) == ('atac_resnet50', 'open_atac_in1k', (3, 224, 224))
     assert (cfg['crop_pct'], cfg['interpolation']) == (0.875, 'bilinear')

@@ -9,6 +9,7 @@ import pytest
 import timm
 
 import timm_atac
+from timm_atac import _autoload
 
 # Ends every run: all is registered and works. `with_us` in the runs where it must not be is `without_us`.
 WITH_US = """
@@ -46,6 +47,13 @@ def test_import_order(python, imports) -> None:
     result = python(imports + WITH_US, '-W', 'error')
     assert result.stdout == 'registered\n'
     assert 'timm_atac' not in result.stderr
+
+
+def test_light_modules(python) -> None:
+    """What needs neither torch nor timm takes none in."""
+    imports = ', '.join(f'timm_atac.{name}' for name in _autoload._LIGHT)
+    code = f'import sys, {imports}; print([m for m in ("torch", "timm", "timm_atac.layers") if m in sys.modules])'
+    assert python(code).stdout == '[]\n'
 
 
 @pytest.mark.parametrize('imports', ['import timm_atac', 'import timm, timm_atac', 'import timm_atac, timm'])

@@ -40,14 +40,21 @@ def test_wheel(dist, tmp_path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         (entry_points,) = (n for n in names if n.endswith('entry_points.txt'))
-        assert archive.read(entry_points).decode().split() == (
-            '[torch.backends] timm_atac = timm_atac._autoload:arm'.split()
+        assert (
+            archive.read(entry_points).decode().split()
+            == (
+                '[console_scripts] timm-atac = timm_atac.cli:main [torch.backends] timm_atac = timm_atac._autoload:arm'
+            ).split()
         )
     info = entry_points.split('/')[0]
     assert {name.split('/')[0] for name in names} == {'timm_atac', info}
     package = {
-        str(path.relative_to(ROOT)) for path in (ROOT / 'timm_atac').rglob('*') if path.suffix in ('.py', '.typed')
+        str(path.relative_to(ROOT))
+        for path in (ROOT / 'timm_atac').rglob('*')
+        if path.suffix in ('.py', '.typed', '.jinja')
     }
+    hub_configs = (ROOT / 'hub_configs').rglob('*.*')
+    package |= {f'timm_atac/{path.relative_to(ROOT)}' for path in hub_configs if path.is_file()}
     assert {name for name in names if name.startswith('timm_atac/')} == package
     assert f'{info}/licenses/LICENSE' in names
 

@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from .layers import NiN as NiN
     from .layers import SEActivation as SEActivation
     from .replace import replace_activations as replace_activations
+    from .weights.params import ParamsError as ParamsError
+    from .weights.params import read_params as read_params
+    from .weights.params import write_params as write_params
 
 __version__ = '0.1.0'
 
@@ -22,8 +25,11 @@ _HOMES = {
     'CifarResNet': 'cifar_resnet',
     'LocalSE': 'layers',
     'NiN': 'layers',
+    'ParamsError': 'weights.params',
     'SEActivation': 'layers',
+    'read_params': 'weights.params',
     'replace_activations': 'replace',
+    'write_params': 'weights.params',
 }
 __all__ = [*_HOMES, '__version__']
 

@@ -17,6 +17,7 @@ from types import ModuleType
 from typing import Any
 
 _HOST = 'timm.models'
+_LIGHT = ('atomic', 'cli', 'published', 'weights', 'weights.params')  # need neither torch nor timm
 _done = False  # registered, or tried to
 _waiting: set[str] = set()  # modules of ours whose import waits for timm, and registers after it
 
@@ -41,7 +42,7 @@ class _Hook:
         loader: type[_Loader]
         if name == _HOST:
             loader = _HostLoader
-        elif name.startswith('timm_atac.') and not _done:
+        elif name.startswith('timm_atac.') and name.removeprefix('timm_atac.') not in _LIGHT and not _done:
             loader = _OwnLoader
         else:
             return None

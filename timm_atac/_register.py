@@ -1,8 +1,10 @@
 """Registration with timm: what runs once `timm.models` has loaded."""
 
 import re
+from importlib import import_module
 
 MIN_TIMM = '1.0.21'  # pyproject.toml says the same; a test compares
+MODULES = ('atac_resnet', 'cifar_resnet', 'atac_host')  # of the networks; timm lists models by these names
 GATED = 1.8462285453386054  # 1 / sqrt(E[sigmoid(z)^2]), z standard normal: the gain of x * sigmoid(BN(...))
 
 
@@ -22,11 +24,11 @@ def register() -> None:
 
     from timm.models import is_model, model_entrypoint, register_model
 
-    from . import _timm, atac_host, atac_resnet, cifar_resnet, layers
+    from . import _timm, layers
 
     activations = layers.ACTIVATIONS
     gains = {'atac': GATED, 'se_act': GATED, 'nin': 1.0}  # NiN ends with a BN
-    modules = (atac_resnet, cifar_resnet, atac_host)
+    modules = [import_module(f'{__package__}.{name}') for name in MODULES]
     networks = {name: getattr(module, name) for module in modules for name in module.default_cfgs}
 
     taken = [f'activation {name!r}' for name, layer in activations.items() if _timm.get_act(name, layer) is not layer]
@@ -42,7 +44,7 @@ def register() -> None:
     except BaseException:
         _timm.forget(
             networks=networks,
-            modules=[module.__name__.rpartition('.')[2] for module in modules],
+            modules=MODULES,
             activations=activations,
         )
         raise

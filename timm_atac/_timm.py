@@ -82,6 +82,11 @@ def record(model: Any, architecture: str, **args) -> dict[str, Any]:
     return dict(model._model_args)
 
 
+def model_args(model: Any) -> dict[str, Any]:
+    """Arguments of `create_model` that the model was made with; empty before timm 1.0.31, which keeps none."""
+    return dict(getattr(model, '_model_args', {}))
+
+
 def input_size(model: Any) -> tuple[int, int, int]:
     """Channels, height and width that a model takes: timm's, as it was created; of any other (3, 224, 224)."""
     cfg = getattr(model, 'pretrained_cfg', None) or getattr(model, 'default_cfg', None) or {}

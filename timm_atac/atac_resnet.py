@@ -14,6 +14,7 @@ from timm.layers import LayerType
 from timm.models import build_model_with_cfg, generate_default_cfgs
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 
+from . import published
 from .placement import check_stages, create_activation, init_weights
 
 __all__ = ['AtacBasicBlock', 'AtacBottleneck', 'AtacResNet']
@@ -93,6 +94,13 @@ class AtacResNet(ResNet):
         """Initialise as the authors do; `zero_init_last` makes each block start as the identity."""
         init_weights(self, zero_init_last)
 
+    @torch.jit.ignore
+    def load_pretrained(self, checkpoint_path: str, prefix: str = '') -> None:
+        """Load a `.params` file of the authors': timm calls it for a pretrained cfg with `custom_load`."""
+        from .weights.pretrained import load_pretrained  # models know nothing of weights until some are asked for
+
+        load_pretrained(self, checkpoint_path)
+
 
 def _create_atac_resnet(variant: str, pretrained: bool = False, **kwargs) -> AtacResNet:
     return build_model_with_cfg(AtacResNet, variant, pretrained, **kwargs)
@@ -121,6 +129,16 @@ default_cfgs = generate_default_cfgs(
     {
         'atac_resnet18.untrained': _cfg(),
         'atac_resnet34.untrained': _cfg(),
+        'atac_resnet50.open_atac_in1k': _cfg(
+            **published.source('atac_resnet50.open_atac_in1k'),
+            mean=(123.68 / 255, 116.779 / 255, 103.939 / 255),
+            std=(58.393 / 255, 57.12 / 255, 57.375 / 255),
+            license='none-stated',
+            description=(
+                "The authors' weights, by their log 21.41 % top-1 and 6.03 % top-5 error on ImageNet-1k at 224 px. "
+                'Their repository states no licence.'
+            ),
+        ),
         'atac_resnet50.untrained': _cfg(),
         'atac_resnet50_full.untrained': _cfg(),
         'atac_resnet101.untrained': _cfg(),

@@ -189,6 +189,13 @@ class CifarResNet(nn.Module):
         init_weights(self, zero_init_last)
 
     @torch.jit.ignore
+    def load_pretrained(self, checkpoint_path: str, prefix: str = '') -> None:
+        """Load a `.params` file of the authors': timm calls it for a pretrained cfg with `custom_load`."""
+        from .weights.pretrained import load_pretrained  # models know nothing of weights until some are asked for
+
+        load_pretrained(self, checkpoint_path)
+
+    @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Regular expressions that group the parameters by depth."""
         return dict(

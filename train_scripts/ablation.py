@@ -28,6 +28,7 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import AverageMeter, accuracy, get_outdir, random_seed
 from torch.utils.data import DataLoader, TensorDataset
+from torchvision import transforms
 from tqdm import tqdm
 
 NUM_TRAIN = 1000
@@ -99,6 +100,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         default=Path('results/ablation'),
         metavar='DIR',
         help='folder to write to; a number is appended where it exists (default: results/ablation)',
+    )
+    parser.add_argument(
+        '--export',
+        action='store_true',
+        help='also write each network, with a model card, as a folder that `timm-atac push` uploads',
     )
     args = parser.parse_args(argv)
     try:
@@ -179,17 +185,26 @@ def load_digits(size: int, device: torch.device) -> tuple[TensorDataset, TensorD
     return TensorDataset(images[train], labels[train]), TensorDataset(images[test], labels[test])
 
 
-def create_model(activation: str, blocks: int) -> nn.Module:
+def create_model(activation: str, blocks: int, size: int = 16) -> nn.Module:
     _, kwargs = ACTIVATIONS.get(activation, (activation, dict(act_layer=activation)))
-    return timm.create_model(f'resnet{6 * blocks + 2}_cifar', in_chans=1, **kwargs)
+    # as the images of `load_digits` are: grey, in 0..1, whole
+    cfg = dict(tag='digits', input_size=(1, size, size), mean=(0.0,), std=(1.0,), pool_size=None)
+    return timm.create_model(f'resnet{6 * blocks + 2}_cifar', pretrained_cfg_overlay=cfg, **kwargs)
 
 
-def train(activation: str, blocks: int, seed: int, data: tuple[TensorDataset, TensorDataset], args) -> Row:
-    """Train one network and test it."""
+def train(
+    activation: str,
+    blocks: int,
+    seed: int,
+    data: tuple[TensorDataset, TensorDataset],
+    args,
+    folder: Path | None = None,
+) -> Row:
+    """Train one network and test it; with `folder`, write it there."""
     start = time.perf_counter()
     random_seed(seed)
     train_set, test_set = data
-    model = create_model(activation, blocks).to(args.device)
+    model = create_model(activation, blocks, args.size).to(args.device)
     loader = DataLoader(train_set, args.batch_size, shuffle=True, drop_last=True)
     optimizer = create_optimizer_v2(model, opt='sgd', lr=args.lr, weight_decay=args.weight_decay, momentum=0.9)
     scheduler, _ = create_scheduler_v2(
@@ -220,7 +235,7 @@ def train(activation: str, blocks: int, seed: int, data: tuple[TensorDataset, Te
                 losses.update(loss.item(), len(labels))
                 progress.update()
             progress.set_postfix(epoch=epoch + 1, loss=f'{losses.avg:.3f}')
-    return Row(
+    row = Row(
         activation,
         blocks,
         seed,
@@ -230,6 +245,45 @@ def train(activation: str, blocks: int, seed: int, data: tuple[TensorDataset, Te
         accuracy=round(evaluate(model, test_set), 3),
         seconds=round(time.perf_counter() - start, 1),
     )
+    if folder is not None:
+        write_folder(model, row, test_set, args, folder)
+    return row
+
+
+def write_folder(model: nn.Module, row: Row, test_set: TensorDataset, args, folder: Path) -> None:
+    """The network as a folder in the format of the Hugging Face Hub."""
+    from timm_atac.export import export
+
+    digits = 'https://scikit-learn.org/stable/modules/generated/sklearn.datasets.load_digits.html'
+    script = f'train_scripts/ablation.py of timm_atac, seed {row.seed}'
+    facts = {
+        'description': (
+            f'The CIFAR network of "Attention as Activation" with b = {row.blocks} and {label(row.activation)}, '
+            f'trained on handwritten digits: the ablation of the paper in miniature.'
+        ),
+        'license': 'apache-2.0',
+        'datasets': [{'name': f"scikit-learn's digits ({digits}), scaled to {args.size} x {args.size}"}],
+        'results': [
+            {
+                'dataset': 'Digits',
+                'id': 'digits',
+                'split': f'test ({len(test_set)} images)',
+                'metrics': {'top-1 accuracy': row.accuracy},
+                'source': {'name': script, 'url': digits},
+            }
+        ],
+        'hyperparameters': {
+            'optimizer': 'SGD with momentum 0.9',
+            'learning rate': f'{args.lr:g}, a warm-up epoch, then cosine',
+            'weight decay': f'{args.weight_decay:g}',
+            'epochs': row.epochs,
+            'batch size': args.batch_size,
+        },
+        'picture_credit': 'the image is one of the test set',
+    }
+    image = transforms.functional.to_pil_image(test_set.tensors[0][0].cpu())
+    _, kwargs = ACTIVATIONS.get(row.activation, (row.activation, dict(act_layer=row.activation)))
+    export(model.cpu(), folder, facts, image, kwargs, {'label_names': [str(digit) for digit in range(10)]})
 
 
 @torch.inference_mode()
@@ -335,7 +389,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         csv.writer(file).writerow(Row._fields)
         try:
             for activation, blocks, seed in runs:
-                row = train(activation, blocks, seed, data, args)
+                folder = output / f'{activation}_b{blocks}_seed{seed}' if args.export else None
+                row = train(activation, blocks, seed, data, args, folder)
                 append(file, row)
                 rows.append(row)
                 progress.update()

@@ -66,11 +66,12 @@ def open_atac_names(model: nn.Module) -> dict[str, str]:
         model: `AtacResNet` of bottleneck blocks (the authors' ResNet-50 v1b) or `CifarResNet`.
 
     Returns:
-        Our state-dict key -> the authors' name, one to one, in the order of the state dict. `num_batches_tracked` has
-        no counterpart and is left out; `FIXED` holds what is the other way round.
+        Our state-dict key -> the authors' name, one to one, in the order of the state dict. The classifier is there
+        even where the model has none (`num_classes=0`). `num_batches_tracked` has no counterpart and is left out;
+        `FIXED` holds what is the other way round.
 
     Raises:
-        ValueError: The model has a part the authors' networks do not, named in the message.
+        ValueError: The model has parts the authors' networks have not, all named in the message.
     """
     if isinstance(model, CifarResNet):
         parts, block_parts, stages = _CIFAR, _CIFAR_BLOCK, [f'stages.{i}' for i in range(len(model.stages))]
@@ -90,15 +91,20 @@ def open_atac_names(model: nn.Module) -> dict[str, str]:
             modules.update({f'{path}.{k}': f'{theirs}.{v}' for k, v in _unit_parts(module).items()})
 
     names = {}
+    foreign = []
     for key in model.state_dict():
         path, _, leaf = key.rpartition('.')
         if leaf == 'num_batches_tracked':
             continue
         leaves = _NORM if isinstance(model.get_submodule(path), nn.BatchNorm2d) else _AFFINE
         if path not in modules or leaf not in leaves:
-            raise ValueError(f"{key!r} of {type(model).__name__} has no counterpart in the authors' networks.")
-        names[key] = f'{modules[path]}.{leaves[leaf]}'
-    return names
+            foreign.append(key)
+        else:
+            names[key] = f'{modules[path]}.{leaves[leaf]}'
+    if foreign:
+        listed = ', '.join(map(repr, foreign))
+        raise ValueError(f"{listed} of {type(model).__name__} has no counterpart in the authors' networks.")
+    return names | {f'fc.{ours}': f'{modules["fc"]}.{theirs}' for ours, theirs in _AFFINE.items()}
 
 
 def _unit_parts(unit: ChannelBottleneck) -> dict[str, str]:

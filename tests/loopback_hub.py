@@ -1,0 +1,579 @@
+"""A small Hugging Face Hub on 127.0.0.1, for tests of what uploads to it and downloads from it.
+
+    with LoopbackHub(tokens={'hf_right': 'me'}) as hub:
+        subprocess.run([sys.executable, 'push.py'], env=hub.environment(tmp_path))
+        assert hub.commits('me/model')[-1] == ('Upload', ['README.md', 'model.safetensors'])
+
+It knows models with one branch, and answers as the Hub does as far as `huggingface_hub` looks: statuses, headers, error
+codes and messages. `hub.fail` makes it fail. It has no Xet storage and no pull requests: 501 is what it doesn't know.
+"""
+
+import base64
+import json
+import os
+import re
+import secrets
+import sys
+import threading
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from functools import cached_property
+from hashlib import sha1, sha256
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path, PurePosixPath
+from socket import SHUT_RDWR
+from typing import Any
+from urllib.parse import parse_qs, unquote, urlsplit
+
+import yaml  # type: ignore[import-untyped]
+
+REPO = r'(?P<repo>[^/]+(?:/[^/]+)?)'
+REV = r'(?P<revision>[^/]+)'
+ROUTES = (  # method, path, endpoint: a method of Handler, and a key of Failures.status
+    ('GET', '/api/whoami-v2', 'whoami'),
+    ('POST', '/api/validate-yaml', 'validate_yaml'),
+    ('POST', '/api/repos/create', 'create'),
+    ('DELETE', '/api/repos/delete', 'delete'),
+    ('POST', rf'/api/models/{REPO}/preupload/{REV}', 'preupload'),
+    ('POST', rf'/{REPO}\.git/info/lfs/objects/batch', 'batch'),
+    ('PUT', rf'/lfs/{REPO}/(?P<oid>\w+)', 'upload'),
+    ('POST', rf'/{REPO}\.git/info/lfs/objects/verify', 'verify'),
+    ('POST', rf'/api/models/{REPO}/commit/{REV}', 'commit'),
+    ('GET', rf'/api/models/{REPO}/tree/{REV}(?:/(?P<folder>.+))?', 'tree'),
+    ('POST', rf'/api/models/{REPO}/paths-info/{REV}', 'paths_info'),
+    ('GET', rf'/api/models/{REPO}(?:/revision/{REV})?', 'info'),
+    ('GET HEAD', rf'/{REPO}/resolve/{REV}/(?P<path>.+)', 'resolve'),
+)
+LFS_SUFFIXES = ('.bin', '.ckpt', '.h5', '.onnx', '.png', '.pt', '.pth', '.safetensors')
+LFS_SIZE = 10 * 1024 * 1024  # a larger file of any name
+CHUNK = 64 * 1024
+RESULT = {'task': {'type': str}, 'dataset': {'type': str, 'name': str}, 'metrics': [{'type': str, 'value': object}]}
+CARD = {  # what these keys of a README.md's metadata have to be, if they are there
+    'model-index': [{'name': str, 'results': [RESULT]}],
+    'tags': [str],
+    'library_name': str,
+    'license_name': str,
+    'license_link': str,
+    'pipeline_tag': str,
+}
+ARTICLES = {str: 'a string', list: 'an array', dict: 'of type object'}
+LICENSES = """
+    afl-3.0 agpl-3.0 apache-2.0 apple-amlr apple-ascl artistic-2.0 bigcode-openrail-m bigscience-bloom-rail-1.0
+    bigscience-openrail-m bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear bsl-1.0 c-uda cc cc-by-2.0 cc-by-2.5
+    cc-by-3.0 cc-by-4.0 cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0 cc-by-nc-nd-3.0 cc-by-nc-nd-4.0 cc-by-nc-sa-2.0
+    cc-by-nc-sa-3.0 cc-by-nc-sa-4.0 cc-by-nd-4.0 cc-by-sa-3.0 cc-by-sa-4.0 cc0-1.0 cdla-permissive-1.0
+    cdla-permissive-2.0 cdla-sharing-1.0 creativeml-openrail-m deepfloyd-if-license ecl-2.0 epl-1.0 epl-2.0 etalab-2.0
+    eupl-1.1 eupl-1.2 fair-noncommercial-research-license gemma gfdl gpl gpl-2.0 gpl-3.0 h-research intel-research isc
+    lgpl lgpl-2.1 lgpl-3.0 lgpl-lr llama2 llama3 llama3.1 llama3.2 llama3.3 llama4 lppl-1.3c mit mpl-2.0 ms-pl ncsa
+    odbl odc-by ofl-1.1 openmdw-1.0 openrail openrail++ osl-3.0 other pddl postgresql unknown unlicense wtfpl zlib
+""".split()
+
+
+@dataclass
+class Failures:
+    """What goes wrong, until it is set back."""
+
+    upload_dies_at: int | None = None  # bytes into an LFS upload: the server is gone, until `hub.start()`
+    upload_drops: int = 0  # so many LFS uploads lose their connection half way
+    status: dict[str, int] = field(default_factory=dict)  # an endpoint of ROUTES -> the status it answers
+    corrupt: set[str] = field(default_factory=set)  # paths that are served with one byte flipped
+
+
+class ConnectionDropped(Exception):
+    """There is no answer."""
+
+
+class HubError(Exception):
+    """An answer that isn't a success: its status, its message and, where the Hub has one, its `X-Error-Code`."""
+
+    def __init__(
+        self, status: int, message: str, code: str = '', headers: dict[str, str] | None = None, **body: Any
+    ) -> None:
+        super().__init__(message)
+        self.status, self.body = status, {'error': message, **body}
+        line = ' '.join(message.split()).encode('ascii', 'replace').decode()  # a header has one line
+        self.headers = {'X-Error-Message': line} | ({'X-Error-Code': code} if code else {}) | (headers or {})
+
+
+@dataclass(frozen=True)
+class File:
+    data: bytes
+    lfs: bool = False
+
+    @cached_property
+    def sha256(self) -> str:
+        return sha256(self.data).hexdigest()
+
+    @cached_property
+    def pointer(self) -> bytes:
+        return f'version https://git-lfs.github.com/spec/v1\noid sha256:{self.sha256}\nsize {len(self.data)}\n'.encode()
+
+    @cached_property
+    def blob(self) -> str:
+        content = self.pointer if self.lfs else self.data
+        return sha1(b'blob %d\0' % len(content) + content).hexdigest()
+
+    @property
+    def etag(self) -> str:
+        return self.sha256 if self.lfs else self.blob
+
+    def entry(self, path: str) -> dict[str, Any]:
+        size = len(self.data)
+        lfs = {'oid': self.sha256, 'sha256': self.sha256, 'size': size, 'pointerSize': len(self.pointer)}
+        return {'type': 'file', 'oid': self.blob, 'size': size, 'path': path} | ({'lfs': lfs} if self.lfs else {})
+
+
+@dataclass(frozen=True)
+class Commit:
+    message: str
+    files: dict[str, File]
+    parent: 'Commit | None' = None
+    date: str = field(default_factory=lambda: datetime.now(timezone.utc).strftime('%Y-%m-%dT%H:%M:%S.000Z'))
+
+    @cached_property
+    def oid(self) -> str:
+        tree = sorted((path, file.blob) for path, file in self.files.items())
+        return sha1(repr((self.message, self.date, tree, self.parent and self.parent.oid)).encode()).hexdigest()
+
+    @property
+    def changed(self) -> list[str]:
+        before = self.parent.files if self.parent else {}
+        return sorted(path for path in {*before, *self.files} if before.get(path) != self.files.get(path))
+
+
+@dataclass
+class Repository:
+    name: str
+    private: bool
+    history: list[Commit]
+    objects: dict[str, bytes] = field(default_factory=dict)  # the large file storage, by sha256
+
+    @classmethod
+    def new(cls, name: str, private: bool) -> 'Repository':
+        attributes = ''.join(f'*{suffix} filter=lfs diff=lfs merge=lfs -text\n' for suffix in LFS_SUFFIXES)
+        return cls(name, private, [Commit('initial commit', {'.gitattributes': File(attributes.encode())})])
+
+    def at(self, revision: str) -> Commit:
+        if revision in ('', 'main', 'refs/heads/main'):
+            return self.history[-1]
+        for commit in self.history:
+            if commit.oid == revision:
+                return commit
+        raise HubError(404, f'Invalid rev id: {revision}', 'RevisionNotFound')
+
+
+def commit_line(line: dict[str, Any], files: dict[str, File], objects: dict[str, bytes]) -> None:
+    """Apply a line of a commit to its files."""
+    key, value = line['key'], line['value']
+    path = value['path'].rstrip('/')
+    if any(part in ('', '.', '..', '.git') for part in path.split('/')):
+        raise HubError(400, f'Invalid path: {path}')
+    if key == 'file':
+        files[path] = File(base64.b64decode(value['content']))
+    elif key == 'lfsFile':
+        if value['oid'] not in objects:
+            raise HubError(
+                400, f'Your push was rejected: the LFS pointer of {path} points to a file that does not exist'
+            )
+        files[path] = File(objects[value['oid']], lfs=True)
+    elif key in ('deletedFile', 'deletedFolder'):
+        gone = [name for name in files if name == path or (key == 'deletedFolder' and name.startswith(f'{path}/'))]
+        if not gone:
+            raise HubError(404, "A file with this name doesn't exist", 'EntryNotFound')
+        for name in gone:
+            del files[name]
+    else:
+        raise HubError(400, f'Invalid key: {key}')
+
+
+def listing(files: dict[str, File]) -> dict[str, dict[str, Any]]:
+    """Every file and directory, by path, as the Hub describes it."""
+    entries = {}
+    for path, file in sorted(files.items()):
+        for parent in map(str, list(PurePosixPath(path).parents)[-2::-1]):
+            entries[parent] = {'type': 'directory', 'oid': sha1(parent.encode()).hexdigest(), 'size': 0, 'path': parent}
+        entries[path] = file.entry(path)
+    return entries
+
+
+def card_metadata(card: str) -> Any:
+    """What a README.md has between its `---` lines, None without any; an error of PyYAML's."""
+    found = re.match(r'\s*---[ \t]*\r?\n(.*?)^---[ \t]*\r?$', card, re.DOTALL | re.MULTILINE)
+    return yaml.safe_load(found[1]) if found else None
+
+
+def card_errors(card: str) -> list[str]:
+    try:
+        metadata = card_metadata(card)
+    except yaml.YAMLError as error:
+        return [f'bad yaml: {error}']
+    if metadata is None:
+        return []
+    if not isinstance(metadata, dict):
+        return ['"metadata" must be of type object']
+    errors = [error for key in CARD if key in metadata for error in mismatches(metadata[key], CARD[key], key)]
+    licenses = metadata.get('license', [])
+    licenses = licenses if isinstance(licenses, list) else [licenses]
+    if not all(isinstance(name, str) and name in LICENSES for name in licenses):
+        errors.append(f'"license" must be one of [{", ".join(LICENSES)}]')
+    if 'other' in licenses and 'license_name' not in metadata:
+        errors.append('"license_name" is required')
+    return errors
+
+
+def mismatches(value: Any, schema: Any, at: str) -> Iterable[str]:
+    """Where a value isn't of a schema: a type, a list of one schema, or a dictionary of required keys."""
+    kind: Any = schema if isinstance(schema, type) else type(schema)
+    if value is None:
+        yield f'"{at}" is required'
+    elif not isinstance(value, kind):
+        yield f'"{at}" must be {ARTICLES[kind]}'
+    elif kind is list:
+        for i, item in enumerate(value):
+            yield from mismatches(item, schema[0], f'{at}[{i}]')
+    elif kind is dict:
+        for key in schema:
+            yield from mismatches(value.get(key), schema[key], f'{at}.{key}')
+
+
+def byte_range(header: str, size: int) -> tuple[int, int]:
+    found = re.fullmatch(r'bytes=(\d*)-(\d*)', header)
+    first, last = found.groups() if found else ('', '')
+    start = int(first) if first else max(size - int(last or 0), 0)
+    end = min(int(last) + 1, size) if first and last else size
+    if start >= end:
+        raise HubError(416, 'Range Not Satisfiable', headers={'Content-Range': f'bytes */{size}'})
+    return start, end
+
+
+class LoopbackHub:
+    """The Hub itself: what it holds, and the server thread. `tokens` are their users', `organizations` have members."""
+
+    def __init__(self, tokens: dict[str, str], organizations: dict[str, set[str]] | None = None) -> None:
+        self.tokens = tokens
+        self.organizations = organizations or {}
+        self.repositories: dict[str, Repository] = {}
+        self.requests: list[tuple[str, str]] = []  # method and path
+        self.fail = Failures()
+        self.lock = threading.Lock()
+        self.signatures: dict[str, tuple[Repository, str, int]] = {}  # of an upload's URL: repository, sha256, size
+        self._server: _Server | None = None
+        self._port = 0
+
+    def __enter__(self) -> 'LoopbackHub':
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def start(self) -> None:
+        """Listen: after `stop`, or after a death, on the same port and with everything that was committed."""
+        self._server = _Server(self, self._port)
+        self._port = self._server.server_address[1]
+        threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
+
+    def stop(self) -> None:
+        """Close every connection and listen no more."""
+        server, self._server = self._server, None
+        if server:
+            server.shutdown()
+            server.server_close()
+            server.drop_connections()
+
+    @property
+    def endpoint(self) -> str:
+        return f'http://127.0.0.1:{self._port}'
+
+    def environment(self, home: str | os.PathLike, token: str | None = None) -> dict[str, str]:
+        """A client's environment: its cache in `home`, its token the first one ('' for none), no way to elsewhere."""
+        alien = re.compile(r'hf_|hugging|transformers_|.*_proxy', re.IGNORECASE)
+        token = next(iter(self.tokens), '') if token is None else token
+        return {key: value for key, value in os.environ.items() if not alien.match(key)} | {
+            'HF_ENDPOINT': self.endpoint,
+            'HF_HOME': str(Path(home)),
+            'HF_HUB_DISABLE_XET': '1',
+            'HF_HUB_DISABLE_TELEMETRY': '1',
+            'HF_HUB_DISABLE_PROGRESS_BARS': '1',
+            'DISABLE_SAFETENSORS_CONVERSION': '1',
+            'NO_PROXY': '*',
+            **({'HF_TOKEN': token} if token else {}),
+        }
+
+    def files(self, name: str) -> dict[str, bytes]:
+        """The content of every file at the head, by path."""
+        return {path: file.data for path, file in self.repositories[name].at('main').files.items()}
+
+    def commits(self, name: str) -> list[tuple[str, list[str]]]:
+        """The message and the changed paths of every commit; the first is the Hub's own, of `.gitattributes`."""
+        return [(commit.message, commit.changed) for commit in self.repositories[name].history]
+
+    def owns(self, user: str, name: str) -> bool:
+        namespace = name.split('/')[0]
+        return user == namespace or user in self.organizations.get(namespace, ())
+
+    def readable(self, user: str, name: str) -> Repository:
+        repository = self.repositories.get(name)
+        if repository and (not repository.private or self.owns(user, name)):
+            return repository
+        if not user:
+            raise HubError(401, 'Invalid username or password.', 'RepoNotFound')
+        raise HubError(404, 'Repository not found', 'RepoNotFound')
+
+    def writable(self, user: str, name: str) -> Repository:
+        repository = self.readable(user, name)
+        if not user:
+            raise HubError(401, 'Invalid username or password.', 'RepoNotFound')
+        if not self.owns(user, name):
+            raise HubError(403, 'Forbidden: pass `create_pr=1` as a query parameter to create a Pull Request')
+        return repository
+
+
+class _Server(ThreadingHTTPServer):
+    request_queue_size = 32
+
+    def __init__(self, hub: LoopbackHub, port: int) -> None:
+        self.hub = hub
+        self.connections: set[Any] = set()
+        super().__init__(('127.0.0.1', port), Handler)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        self.connections.add(request)
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request: Any) -> None:
+        self.connections.discard(request)
+        super().shutdown_request(request)
+
+    def drop_connections(self) -> None:
+        for connection in list(self.connections):
+            with suppress(OSError):
+                connection.shutdown(SHUT_RDWR)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        if not isinstance(sys.exc_info()[1], ConnectionError):  # a client may go whenever it likes
+            super().handle_error(request, client_address)
+
+
+class Handler(BaseHTTPRequestHandler):
+    """One connection; each method below `send_json` is the endpoint of that name in ROUTES."""
+
+    protocol_version = 'HTTP/1.1'
+    server: _Server
+
+    def setup(self) -> None:
+        super().setup()
+        self.hub = self.server.hub
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+    def handle_request(self) -> None:
+        url = urlsplit(self.path)
+        self.query = {key: values[0] for key, values in parse_qs(url.query).items()}
+        self.hub.requests.append((self.command, unquote(url.path)))
+        try:
+            self.body = self.receive(int(self.headers.get('Content-Length') or 0))
+            self.route(url.path)
+        except ConnectionDropped:
+            self.close_connection = True
+        except HubError as error:
+            self.send_json(error.body, error.status, error.headers)
+
+    do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = handle_request
+
+    def receive(self, length: int) -> bytes:
+        body = bytearray()
+        while len(body) < length:
+            if self.command == 'PUT':
+                self.maybe_drop(len(body), length)
+            chunk = self.rfile.read(min(CHUNK, length - len(body)))
+            if not chunk:
+                raise ConnectionDropped
+            body += chunk
+        return bytes(body)
+
+    def maybe_drop(self, received: int, length: int) -> None:
+        fail = self.hub.fail
+        if fail.upload_dies_at is not None and received >= fail.upload_dies_at:
+            self.hub.stop()
+            raise ConnectionDropped
+        with self.hub.lock:  # files are uploaded side by side
+            if fail.upload_drops > 0 and received >= length / 2:
+                fail.upload_drops -= 1
+                raise ConnectionDropped
+
+    def route(self, path: str) -> None:
+        for methods, pattern, endpoint in ROUTES:
+            found = re.fullmatch(pattern, path)
+            if found and self.command in methods.split():
+                if endpoint in self.hub.fail.status:
+                    raise HubError(self.hub.fail.status[endpoint], 'Internal Error - We are working hard to fix this')
+                self.user = self.authenticate()
+                return getattr(self, endpoint)(**{key: unquote(value) for key, value in found.groupdict('').items()})
+        raise HubError(501, f'The loopback Hub has no {self.command} {path}')
+
+    def authenticate(self) -> str:
+        authorization = self.headers.get('Authorization')
+        user = self.hub.tokens.get(authorization.removeprefix('Bearer ')) if authorization else ''
+        if user is None:
+            raise HubError(401, 'Invalid credentials in Authorization header')
+        return user
+
+    def send(self, body: bytes, status: int, headers: dict[str, str]) -> None:
+        self.send_response(status)
+        for key, value in {'Content-Length': str(len(body)), **headers}.items():
+            self.send_header(key, value)
+        self.end_headers()
+        if self.command != 'HEAD':
+            self.wfile.write(body)
+
+    def send_json(self, value: object, status: int = 200, headers: dict[str, str] | None = None) -> None:
+        body = json.dumps(value, default=str).encode()  # str: YAML has dates
+        self.send(body, status, {'Content-Type': 'application/json; charset=utf-8', **(headers or {})})
+
+    def whoami(self) -> None:
+        if not self.user:
+            raise HubError(401, 'Invalid username or password.')
+        orgs = [{'type': 'org', 'name': name} for name, users in self.hub.organizations.items() if self.user in users]
+        auth = {'type': 'access_token', 'accessToken': {'displayName': 'test', 'role': 'write'}}
+        self.send_json({'type': 'user', 'name': self.user, 'fullname': self.user, 'orgs': orgs, 'auth': auth})
+
+    def validate_yaml(self) -> None:
+        card = json.loads(self.body)['content']
+        errors = card_errors(card)
+        warnings = [] if errors or card_metadata(card) else ['empty or missing yaml metadata in repo card']
+        answer = {'errors': [{'message': m} for m in errors], 'warnings': [{'message': m} for m in warnings]}
+        self.send_json(answer, 400 if errors else 200)
+
+    def named(self) -> str:
+        body = json.loads(self.body)
+        if body.get('type') not in (None, 'model'):
+            raise HubError(501, f'The loopback Hub has no {body["type"]}')
+        return f'{body.get("organization") or self.user}/{body["name"]}'
+
+    def create(self) -> None:
+        name, body = self.named(), json.loads(self.body)
+        url = f'{self.hub.endpoint}/{name}'
+        if not self.user:
+            raise HubError(401, 'Invalid username or password.')
+        if not self.hub.owns(self.user, name):
+            namespace = name.split('/')[0]
+            raise HubError(403, f'You don\'t have the rights to create a model under the namespace "{namespace}"')
+        with self.hub.lock:
+            if name in self.hub.repositories:
+                raise HubError(409, 'You already created this model repo', url=url)
+            private = body.get('visibility') == 'private' or bool(body.get('private'))
+            self.hub.repositories[name] = Repository.new(name, private)
+        self.send_json({'url': url, 'name': name})
+
+    def delete(self) -> None:
+        with self.hub.lock:
+            del self.hub.repositories[self.hub.writable(self.user, self.named()).name]
+        self.send_json({})
+
+    def info(self, repo: str, revision: str) -> None:
+        repository = self.hub.readable(self.user, repo)
+        commit = repository.at(revision)
+        card = card_metadata(commit.files.get('README.md', File(b'')).data.decode()) or {}
+        blobs = 'blobs' in self.query
+        siblings = [
+            {'rfilename': path, **({'blobId': file.blob, **file.entry(path)} if blobs else {})}
+            for path, file in sorted(commit.files.items())
+        ]
+        about = {key: card[key] for key in ('library_name', 'pipeline_tag', 'model-index') if key in card}
+        name = {'id': repo, 'modelId': repo, 'author': repo.split('/')[0], 'private': repository.private}
+        dates = {'createdAt': repository.history[0].date, 'lastModified': commit.date}
+        state = {'sha': commit.oid, 'gated': False, 'disabled': False, 'downloads': 0, 'likes': 0}
+        content = {'siblings': siblings, 'tags': card.get('tags', []), 'cardData': card}
+        self.send_json(name | dates | state | content | about)
+
+    def tree(self, repo: str, revision: str, folder: str) -> None:
+        entries = listing(self.hub.readable(self.user, repo).at(revision).files)
+        prefix = f'{folder}/' if folder else ''
+        deep = self.query.get('recursive', '').lower() in ('true', '1')
+        found = {path: path.removeprefix(prefix) for path in entries if path.startswith(prefix)}
+        if folder and not found:
+            raise HubError(404, f'{folder} does not exist on "{revision}"', 'EntryNotFound')
+        self.send_json([entries[path] for path, inner in found.items() if deep or '/' not in inner])
+
+    def paths_info(self, repo: str, revision: str) -> None:
+        entries = listing(self.hub.readable(self.user, repo).at(revision).files)
+        self.send_json([entries[path] for path in parse_qs(self.body.decode()).get('paths', []) if path in entries])
+
+    def preupload(self, repo: str, revision: str) -> None:
+        files = self.hub.writable(self.user, repo).at(revision).files
+        answers = []
+        for file in json.loads(self.body)['files']:
+            path = file['path']
+            lfs = path.endswith(LFS_SUFFIXES) or file['size'] > LFS_SIZE
+            oid = {'oid': files[path].etag} if path in files else {}
+            answers.append({'path': path, 'uploadMode': 'lfs' if lfs else 'regular', 'shouldIgnore': False, **oid})
+        self.send_json({'files': answers})
+
+    def batch(self, repo: str) -> None:
+        repository, url = self.hub.writable(self.user, repo), self.hub.endpoint
+        objects = [{'oid': wanted['oid'], 'size': wanted['size']} for wanted in json.loads(self.body)['objects']]
+        for wanted in objects:
+            oid, signature = wanted['oid'], secrets.token_hex()
+            if oid not in repository.objects:
+                self.hub.signatures[signature] = repository, oid, wanted['size']
+                upload = {'href': f'{url}/lfs/{repo}/{oid}?signature={signature}'}
+                wanted['actions'] = {'upload': upload, 'verify': {'href': f'{url}/{repo}.git/info/lfs/objects/verify'}}
+        self.send_json({'transfer': 'basic', 'objects': objects})
+
+    def upload(self, repo: str, oid: str) -> None:
+        repository, signed, size = self.hub.signatures.get(self.query.get('signature', ''), (None, '', 0))
+        if repository is None or (repository.name, signed) != (repo, oid):  # a storage that knows no tokens
+            raise HubError(403, 'The request signature we calculated does not match the signature you provided')
+        if len(self.body) != size or sha256(self.body).hexdigest() != oid:
+            raise HubError(400, 'The content does not match its sha256')
+        repository.objects[oid] = self.body
+        self.send(b'', 200, {})
+
+    def verify(self, repo: str) -> None:
+        wanted = json.loads(self.body)
+        stored = self.hub.writable(self.user, repo).objects.get(wanted['oid'])
+        if stored is None or len(stored) != wanted['size']:
+            raise HubError(404, 'Object does not exist')
+        self.send_json({})
+
+    def commit(self, repo: str, revision: str) -> None:
+        repository = self.hub.writable(self.user, repo)
+        header, *lines = [json.loads(line) for line in self.body.splitlines()]
+        message, parent = header['value']['summary'], header['value'].get('parentCommit')
+        with self.hub.lock:
+            head = repository.at(revision)
+            if head is not repository.history[-1] or parent not in (None, head.oid):
+                raise HubError(412, 'A commit has happened since. Please refresh and try again.')
+            files = dict(head.files)
+            for line in lines:
+                commit_line(line, files, repository.objects)
+            errors = card_errors(files['README.md'].data.decode()) if 'README.md' in files else []
+            if errors:
+                raise HubError(400, 'Invalid metadata in README.md: ' + '; '.join(errors))
+            made = Commit(message, files, head)
+            repository.history.append(made)
+        url = f'{self.hub.endpoint}/{repo}/commit/{made.oid}'
+        self.send_json({'success': True, 'commitOid': made.oid, 'commitUrl': url})
+
+    def resolve(self, repo: str, revision: str, path: str) -> None:
+        commit = self.hub.readable(self.user, repo).at(revision)
+        headers = {'X-Repo-Commit': commit.oid, 'Accept-Ranges': 'bytes'}
+        file = commit.files.get(path)
+        if file is None:
+            raise HubError(404, 'Entry not found', 'EntryNotFound', headers)
+        data, status = file.data, 200
+        if path in self.hub.fail.corrupt:
+            middle = len(data) // 2
+            data = data[:middle] + bytes(byte ^ 1 for byte in data[middle : middle + 1]) + data[middle + 1 :]
+        headers |= {'ETag': f'"{file.etag}"', 'Content-Type': 'application/octet-stream'}
+        if file.lfs:
+            headers |= {'X-Linked-ETag': f'"{file.etag}"', 'X-Linked-Size': str(len(data))}
+        if 'Range' in self.headers:
+            start, end = byte_range(self.headers['Range'], len(data))
+            headers |= {'Content-Range': f'bytes {start}-{end - 1}/{len(data)}'}
+            data, status = data[start:end], 206
+        self.send(data, status, headers)

@@ -1,0 +1,99 @@
+"""The authors' arrays as a state dict of ours, and back: every array used exactly once, all of them checked."""
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+import numpy as np
+import torch
+import torch.nn as nn
+
+from .names import FIXED, open_atac_names
+
+__all__ = ['ConversionError', 'to_arrays', 'to_state_dict']
+
+_FLOATS = ('float16', 'float32')
+
+
+class ConversionError(ValueError):
+    """Arrays that are not those of the network; the message lists every one that is missing, surplus or misfit."""
+
+
+def to_state_dict(
+    arrays: Mapping[str, np.ndarray],
+    model: nn.Module,
+    in_chans: int | None = None,
+    num_classes: int | None = None,
+) -> dict[str, torch.Tensor]:
+    """A state dict of the authors' arrays, by the table of `timm_atac.weights.names`.
+
+    Args:
+        arrays: Name -> array of float16 or float32, as `read_params` has them.
+        model: The network that has been trained, or one of another number of input channels or classes.
+        in_chans: Input channels of the network that has been trained, None for the model's.
+        num_classes: Its classes, None for the model's.
+
+    Returns:
+        Key -> float32 tensor, all that the network has but `num_batches_tracked`, which PyTorch sets to zero.
+
+    Raises:
+        ConversionError: Arrays are missing, left over, of another shape or dtype, or the affine of the data norm, which
+            our CIFAR networks do without, is not 1 and 0.
+        ValueError: The model has a part that the authors' networks have not.
+    """
+    names = open_atac_names(model)
+    shapes = _shapes(model, in_chans, num_classes)
+    expected = {theirs: shapes[ours] for ours, theirs in names.items()}
+    fixed = {name: value for name, value in FIXED.items() if 'data_bn.running_mean' in names}
+    expected |= {name: shapes['data_bn.running_mean'] for name in fixed}
+
+    problems = [f'missing: {name!r} {shape}' for name, shape in expected.items() if name not in arrays]
+    problems += [f'surplus: {name!r} {array.shape}' for name, array in arrays.items() if name not in expected]
+    for name, array in arrays.items():
+        if name not in expected:
+            continue
+        if array.shape != expected[name] or array.dtype.name not in _FLOATS:
+            wanted = f'{expected[name]} of {" or ".join(_FLOATS)}'
+            problems.append(f'misfit: {name!r} is {array.shape} of {array.dtype.name}, expected {wanted}')
+        elif name in fixed and not (array == fixed[name]).all():
+            problems.append(f'misfit: {name!r} is not {fixed[name]:g} everywhere, and the data norm has no affine here')
+    if problems:
+        raise ConversionError(
+            f'The {len(arrays)} arrays are not the {len(expected)} of this {type(model).__name__}; expected a file of '
+            f'the same architecture, trained with the same arguments:\n  ' + '\n  '.join(problems)
+        )
+    return {ours: torch.from_numpy(arrays[theirs].astype(np.float32)) for ours, theirs in names.items()}
+
+
+def to_arrays(model: nn.Module) -> dict[str, np.ndarray]:
+    """The authors' arrays of a network, for MXNet's `load_parameters`.
+
+    Args:
+        model: `AtacResNet` of bottleneck blocks or `CifarResNet`, with a classifier.
+
+    Returns:
+        Name -> float32 array, the fixed affine of the data norm included.
+
+    Raises:
+        ValueError: The model has a part that the authors' networks have not, or no classifier.
+    """
+    state = model.state_dict()
+    names = open_atac_names(model)
+    if 'fc.weight' not in state:
+        raise ValueError("The model has no classifier (num_classes=0), which the authors' networks have.")
+    arrays = {theirs: state[ours].detach().cpu().float().numpy() for ours, theirs in names.items()}
+    if 'data_bn.running_mean' in names:
+        arrays |= {name: np.full_like(arrays['features.0.running_mean'], value) for name, value in FIXED.items()}
+    return arrays
+
+
+def _shapes(model: nn.Module, in_chans: int | None, num_classes: int | None) -> dict[str, tuple[int, ...]]:
+    """Shapes of the network that has been trained, which may have other inputs and outputs than the model."""
+    shapes = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+    if in_chans is not None:
+        channels, _, *kernel = shapes['conv1.weight']
+        shapes['conv1.weight'] = (channels, in_chans, *kernel)
+        if 'data_bn.running_mean' in shapes:
+            shapes |= {'data_bn.running_mean': (in_chans,), 'data_bn.running_var': (in_chans,)}
+    classes = cast(Any, model).num_classes if num_classes is None else num_classes
+    shapes |= {'fc.weight': (classes, cast(Any, model).head_hidden_size), 'fc.bias': (classes,)}
+    return shapes

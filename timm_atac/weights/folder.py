@@ -1,0 +1,138 @@
+"""A network as a folder in timm's Hub format: `config.json` and `model.safetensors`."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import timm
+from timm.models import is_model, save_for_hf
+
+from .. import _timm
+
+__all__ = ['CONFIG', 'WEIGHTS', 'FolderError', 'load_folder', 'read_config', 'save_folder']
+
+CONFIG = 'config.json'
+WEIGHTS = 'model.safetensors'
+_LOADS = frozenset({'pretrained', 'checkpoint_path', 'pretrained_cfg', 'pretrained_cfg_overlay', 'cache_dir'})
+
+
+class FolderError(ValueError):
+    """A folder that does not hold a network of timm's, whole and fitting."""
+
+
+def save_folder(
+    model: Any,
+    folder: str | Path,
+    model_args: Mapping[str, Any] | None = None,
+    model_config: Mapping[str, Any] | None = None,
+) -> None:
+    """Write what `timm.create_model('local-dir:FOLDER', pretrained=True)` and transformers load.
+
+    timm's `save_for_hf`, without what `config.json` then says twice: transformers refuses a `num_classes` in
+    `model_args`.
+
+    Args:
+        model: A network made by `timm.create_model`.
+        folder: Created if need be.
+        model_args: Arguments of `create_model` that the network was made with; timm knows them since 1.0.31.
+        model_config: More entries of `config.json`: `label_names`, or a `pretrained_cfg` to go over the network's.
+    """
+    save_for_hf(
+        model,
+        str(folder),
+        model_config=dict(model_config or {}),
+        model_args=dict(model_args) if model_args else None,
+        safe_serialization=True,
+    )
+    path = Path(folder) / CONFIG
+    config = json.loads(path.read_text())
+    # timm also writes what nobody gave, and what it serialised of the given (tuples are lists) is what it reads
+    written = config.pop('model_args', {})
+    given = {name: written[name] for name in (*_timm.model_args(model), *(model_args or {})) if name in written}
+    given.pop('num_classes', None)
+    if given:
+        config['model_args'] = given
+    _describe(model, config)
+    path.write_text(json.dumps(config, indent=2) + '\n')
+
+
+def _describe(model: Any, config: dict[str, Any]) -> None:
+    """Make `pretrained_cfg` that of the weights in the folder; before 1.0.31 timm writes that of the source."""
+    cfg = config['pretrained_cfg']
+    cfg['custom_load'] = False
+    cfg['num_classes'] = config['num_classes'] = model.num_classes
+    channels = cfg['input_size'][0] = _timm.input_size(model)[0]
+    for key in ('mean', 'std'):
+        if len(cfg[key]) != channels:
+            cfg[key] = [sum(cfg[key]) / len(cfg[key])] * channels
+    if config['architecture'] == 'atac_host':  # what the host's cfg says is not true of it any more
+        for key in ('tag', 'license', 'description', 'origin_url', 'paper_ids', 'paper_name', 'notes'):
+            cfg.pop(key, None)
+
+
+def read_config(folder: str | Path) -> dict[str, Any]:
+    """`config.json` of a folder.
+
+    Raises:
+        FolderError: It is not there, not JSON, names no architecture that timm knows, or would load other files.
+    """
+    path = Path(folder) / CONFIG
+    try:
+        config = json.loads(path.read_text(encoding='utf-8'))
+    except FileNotFoundError:
+        raise FolderError(
+            f"{folder} has no {CONFIG}: expected a folder of `timm-atac convert` or timm's save_for_hf."
+        ) from None
+    except (ValueError, OSError) as error:
+        raise FolderError(f'{path} cannot be read: {error}') from None
+    architecture = config.get('architecture') if isinstance(config, dict) else None
+    if not isinstance(architecture, str) or not is_model(architecture):
+        raise FolderError(
+            f'{path}: the architecture is {architecture!r}, which timm {timm.__version__} with timm_atac does not know.'
+        )
+    for key in ('pretrained_cfg', 'model_args'):
+        if not isinstance(config.get(key, {}), dict):
+            raise FolderError(f'{path}: {key} is {config[key]!r}, expected an object.')
+    if loads := _LOADS.intersection(config.get('model_args', {})):
+        raise FolderError(f'{path}: model_args has {", ".join(sorted(loads))}, which would load something else.')
+    return config
+
+
+def create_from_config(config: Mapping[str, Any], **kwargs: Any) -> Any:
+    """The network that a `config.json` describes, without weights.
+
+    Args:
+        config: As `read_config` has it.
+        **kwargs: More arguments of `timm.create_model`, as `device`.
+    """
+    cfg = dict(config.get('pretrained_cfg', {}))
+    cfg |= {key: config[key] for key in ('architecture', 'num_classes') if key in config}
+    return timm.create_model(config['architecture'], pretrained_cfg=cfg, **config.get('model_args', {}), **kwargs)
+
+
+def load_folder(folder: str | Path) -> Any:
+    """The network of a folder with its weights, in inference mode; every tensor has to be there and fit.
+
+    Raises:
+        FolderError: The folder does not hold that; the message says what is wrong with which file.
+    """
+    config = read_config(folder)
+    path = Path(folder) / WEIGHTS
+    try:
+        model = create_from_config(config)
+    except Exception as error:
+        raise FolderError(f'{Path(folder) / CONFIG} describes a model that cannot be created: {error}') from error
+    try:
+        state_dict = safetensors.torch.load_file(path)
+    except FileNotFoundError:
+        raise FolderError(f'{folder} has no {WEIGHTS}.') from None
+    except (safetensors.SafetensorError, OSError, ValueError) as error:
+        raise FolderError(f'{path} is damaged: {error}. Make it again, or download it again.') from error
+    try:
+        model.load_state_dict(state_dict)
+    except RuntimeError as error:
+        raise FolderError(f'{path} does not fit {CONFIG}: {error}') from error
+    return model.eval()

@@ -1,0 +1,228 @@
+"""MXNet's `.params` files as numpy arrays, without MXNet: read from a memory map, and written.
+
+A file is a list of arrays and a list of their names, little-endian. Four versions of the array record are in use, and
+all can be read. The format is that of `NDArray::Save` and `NDArray::Load` in MXNet 1.9.1 (src/ndarray/ndarray.cc).
+"""
+
+import math
+import mmap
+import os
+import struct
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..atomic import replaced_file
+
+__all__ = ['ParamsError', 'is_params', 'parse_params', 'read_params', 'write_params']
+
+_LIST = 0x112
+_V1, _V2, _V3 = 0xF993FAC8, 0xF993FAC9, 0xF993FACA
+_MAX_DIMS = 32
+_UNKNOWN_DIMS = 0xFFFFFFFF  # of V3, -1 as u32
+_MIN_RECORD = 4 + 8  # bytes of the shortest array there is, and of its name's length
+_DTYPES = tuple(np.dtype(code) for code in ('<f4', '<f8', '<f2', 'u1', '<i4', 'i1', '<i8', '?'))
+_SPARSE = {-1: 'undefined', 1: 'row sparse', 2: 'compressed sparse row'}
+_PREFIXES = ('arg:', 'aux:')
+_CPU = 1, 0
+_NONE = np.empty(0, np.float32)
+_NONE.flags.writeable = False
+
+
+class ParamsError(ValueError):
+    """A file that is no whole and valid `.params` file.
+
+    Attributes:
+        path: The file.
+        offset: Where in the file, in bytes.
+        reason: What is wrong there.
+    """
+
+    def __init__(self, path: Any, offset: int, reason: str) -> None:
+        super().__init__(path, offset, reason)
+        self.path, self.offset, self.reason = path, offset, reason
+
+    def __str__(self) -> str:
+        return f'{self.path}: no valid .params file: {self.reason}, at byte {self.offset}.'
+
+
+def read_params(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
+    """The arrays of a `.params` file, written by MXNet's `save_parameters`, `save_checkpoint` or `nd.save`.
+
+    Nothing is copied: the arrays are read-only views of the memory-mapped file, which has to stay as it is while they
+    are in use. Every length is checked against what is left of the file before anything is allocated, so that time and
+    memory are bounded by the file's size.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Name -> array, in the file's order; `arg:` and `aux:` of `save_checkpoint` are taken off, as Gluon does. An
+        array that was saved without a value ("none") is a float32 array of shape (0,).
+
+    Raises:
+        ParamsError: The file is truncated, malformed or followed by more bytes, holds a sparse array or one of unknown
+            dtype, an array without a name, or two of one name; the message has the offset and the reason.
+        OSError: The file cannot be read.
+    """
+    with open(path, 'rb') as file:
+        if os.fstat(file.fileno()).st_size == 0:
+            raise ParamsError(path, 0, 'it is empty')
+        buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    return parse_params(buffer, path)
+
+
+def is_params(path: str | os.PathLike[str]) -> bool:
+    """Whether a file begins as a `.params` file does."""
+    with open(path, 'rb') as file:
+        return file.read(8) == struct.pack('<Q', _LIST)
+
+
+def parse_params(buffer: Any, path: Any = '<buffer>') -> dict[str, np.ndarray]:
+    """`read_params` of bytes or anything else that is a buffer; the arrays are views of it.
+
+    Args:
+        buffer: A whole file's bytes.
+        path: What errors call it.
+    """
+    return _Parser(buffer, path).file()
+
+
+def write_params(path: str | os.PathLike[str], arrays: Mapping[str, np.ndarray]) -> None:
+    """Write arrays as MXNet 1.9.1 does: complete, or the file stays as it was.
+
+    Args:
+        path: The file; one that is there is replaced.
+        arrays: Name -> array of float32, float64, float16, uint8, int32, int8, int64 or bool. Those of no dimensions or
+            no elements are written as V3, which MXNet reads with `npx.set_np()`; all others as V2.
+
+    Raises:
+        ValueError: Another dtype, more than 32 dimensions, or a name that would not be read as it is.
+    """
+    for name, array in arrays.items():
+        if array.dtype.newbyteorder('<') not in _DTYPES:
+            known = ', '.join(dtype.name for dtype in _DTYPES)
+            raise ValueError(f'{name!r}: a .params file cannot hold {array.dtype}; expected one of {known}.')
+        if array.ndim > _MAX_DIMS:
+            raise ValueError(f'{name!r}: expected at most {_MAX_DIMS} dimensions, not {array.ndim}.')
+        if name.startswith(_PREFIXES):
+            raise ValueError(f'{name!r}: expected a name without {" or ".join(_PREFIXES)}, which readers take off.')
+    names = [name.encode() for name in arrays]
+    with replaced_file(Path(path)) as file:
+        file.write(struct.pack('<3Q', _LIST, 0, len(arrays)))
+        for array in arrays.values():
+            magic = _V2 if array.size and array.ndim else _V3
+            dtype = array.dtype.newbyteorder('<')
+            record = magic, 0, array.ndim, *array.shape, *_CPU, _DTYPES.index(dtype)
+            file.write(struct.pack(f'<IiI{array.ndim}q3i', *record))
+            file.write(array.astype(dtype, copy=False).tobytes())
+        file.write(struct.pack('<Q', len(names)))
+        for name_bytes in names:
+            file.write(struct.pack('<Q', len(name_bytes)) + name_bytes)
+
+
+class _Parser:
+    """Reads on from an offset; what it reads is checked against what is left first."""
+
+    def __init__(self, buffer: Any, path: Any) -> None:
+        self.buffer, self.path = buffer, path
+        self.size = len(buffer)
+        self.offset = 0
+
+    def error(self, reason: str, offset: int | None = None) -> ParamsError:
+        return ParamsError(self.path, self.offset if offset is None else offset, reason)
+
+    def skip(self, length: int, what: str) -> int:
+        """Move past `length` bytes; returns where they begin."""
+        start, left = self.offset, self.size - self.offset
+        if length > left:
+            raise self.error(f'{what} would take {length} bytes where {left} are left')
+        self.offset += length
+        return start
+
+    def numbers(self, layout: str, what: str) -> tuple[int, ...]:
+        return struct.unpack_from(f'<{layout}', self.buffer, self.skip(struct.calcsize(f'<{layout}'), what))
+
+    def number(self, layout: str, what: str) -> int:
+        return self.numbers(layout, what)[0]
+
+    def file(self) -> dict[str, np.ndarray]:
+        magic, reserved = self.numbers('QQ', 'the header')
+        if magic != _LIST:
+            raise self.error(f'it begins with {magic:#x} where {_LIST:#x} was expected', 0)
+        if reserved:
+            raise self.error(f'the reserved field is {reserved:#x} where 0 was expected', 8)
+        count = self.number('Q', 'the number of arrays')
+        if count > (self.size - self.offset) // _MIN_RECORD:
+            raise self.error(f'{count} arrays do not fit into the {self.size - self.offset} bytes left', 16)
+        arrays = [self.array() for _ in range(count)]
+        names = self.names(count)
+        if self.offset != self.size:
+            raise self.error(f'{self.size - self.offset} bytes follow the last name')
+        return dict(zip(names, arrays, strict=True))
+
+    def array(self) -> np.ndarray:
+        start = self.offset
+        magic = self.number('I', "an array's magic number")
+        if magic in (_V2, _V3):
+            storage = self.number('i', "an array's storage type")
+            if storage != 0:
+                kind = _SPARSE.get(storage, 'unknown')
+                raise self.error(f'storage type {storage} ({kind}) where 0 (dense) was expected', start + 4)
+        shape = self.shape(magic, start)
+        if shape is None:
+            return _NONE
+        _, _, code = self.numbers('3i', "an array's device and dtype")
+        if not 0 <= code < len(_DTYPES):
+            raise self.error(f'unknown dtype {code}; 0 to {len(_DTYPES) - 1} are known', self.offset - 4)
+        return self.values(_DTYPES[code], shape, start)
+
+    def shape(self, magic: int, start: int) -> tuple[int, ...] | None:
+        """None for an array without a value, which has nothing after its shape."""
+        dims, layout = magic, 'I'  # the oldest records have no magic number
+        if magic in (_V1, _V2, _V3):
+            dims, layout = self.number('I', "an array's number of dimensions"), 'q'
+            if magic == _V3 and dims == _UNKNOWN_DIMS:
+                return None
+        if dims > _MAX_DIMS:
+            what = f'{dims} dimensions' if layout == 'q' else f'magic number {magic:#x}'
+            raise self.error(f'an array of {what}; expected at most {_MAX_DIMS} or one of V1 to V3', start)
+        shape = self.numbers(f'{dims}{layout}', f'a shape of {dims} dimensions')
+        if not shape and magic != _V3:
+            return None
+        if magic == _V3 and -1 in shape:
+            return None
+        if min(shape, default=0) < 0:
+            raise self.error(f'shape {shape} has a negative dimension', start)
+        return shape
+
+    def values(self, dtype: np.dtype, shape: tuple[int, ...], start: int) -> np.ndarray:
+        if math.prod(max(dim, 1) for dim in shape) * dtype.itemsize > sys.maxsize:
+            raise self.error(f'shape {shape} is beyond all memory', start)
+        count = math.prod(shape)
+        offset = self.skip(count * dtype.itemsize, f'{dtype.name} values of shape {shape}')
+        if dtype == np.bool_ and count and np.frombuffer(self.buffer, np.uint8, count, offset).max() > 1:
+            raise self.error('a bool is neither 0 nor 1', offset)
+        return np.frombuffer(self.buffer, dtype, count, offset).reshape(shape)
+
+    def names(self, count: int) -> list[str]:
+        found = self.number('Q', 'the number of names')
+        if found != count:
+            raise self.error(f'{found} names for {count} arrays', self.offset - 8)
+        names: dict[str, None] = {}
+        for _ in range(count):
+            length = self.number('Q', "a name's length")
+            start = self.skip(length, 'a name')
+            try:
+                name = str(self.buffer[start : start + length], 'utf-8')
+            except UnicodeDecodeError as error:
+                raise self.error(f'a name is not UTF-8: {error}', start) from None
+            if name.startswith(_PREFIXES):
+                name = name[len(_PREFIXES[0]) :]
+            if name in names:
+                raise self.error(f'a second array is named {name!r}', start)
+            names[name] = None
+        return list(names)
