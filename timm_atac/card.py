@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
@@ -148,7 +149,7 @@ def render(
             embedding=model.head_hidden_size,
             features=_feature_shapes(config, stats.input_size),
         )
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, jinja2.TemplateError) as error:
         raise CardError(
             f'The facts of {name_of(config)} are not of the form that `read_facts` describes: {error}'
         ) from error

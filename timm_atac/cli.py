@@ -196,12 +196,10 @@ def _push(args: argparse.Namespace) -> None:
         for name, size in package.files.items():
             print(f'  {name:18} {size / 1e6:9.2f} MB')
         print(f'  licence: {package.license or "none stated"}')
-        if package.license is None and not args.yes:
-            said = package.license_note or 'The card states no licence.'
-            if args.dry_run:
-                print(f'{said} Without --yes there would be a question.')
-            else:
-                _ask(f'{said} Upload the weights to {package.repo} all the same?')
+        if package.license_note:
+            print(f'  {package.license_note}')
+        if package.license_note and not args.yes and not args.dry_run:
+            _ask(f'Upload weights that have no licence to {package.repo} all the same?')
         if args.dry_run:
             print('Nothing was pushed (--dry-run).')
             return
@@ -273,15 +271,15 @@ def _gates(args: argparse.Namespace) -> None:
 
 
 def _create(args: argparse.Namespace) -> Any:
-    from timm import create_model
+    from .export import create
 
     pretrained = not args.untrained and args.checkpoint is None
     kwargs = _model_kwargs(args.model_kwargs)
     try:
-        return create_model(args.model, pretrained=pretrained, checkpoint_path=args.checkpoint, **kwargs)
-    except (RuntimeError, TypeError) as error:
+        return create(args.model, pretrained=pretrained, checkpoint_path=args.checkpoint, **kwargs)
+    except ValueError as error:
         hint = ' Give --checkpoint FILE, or --untrained.' if 'No pretrained weights' in str(error) else ''
-        raise CliError(f'{args.model} cannot be made: {error}{hint}') from error
+        raise CliError(f'{error}{hint}') from error
 
 
 def _list(args: argparse.Namespace) -> None:

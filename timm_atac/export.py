@@ -17,7 +17,7 @@ from .weights.folder import load_folder, read_config, save_folder
 from .weights.params import read_params, write_params
 from .weights.pretrained import check_published
 
-__all__ = ['CARD', 'PICTURE', 'convert_folder', 'convert_params', 'draw', 'export', 'facts_of']
+__all__ = ['CARD', 'PICTURE', 'convert_folder', 'convert_params', 'create', 'draw', 'export', 'facts_of']
 
 CARD = 'README.md'
 PICTURE = 'gates.png'
@@ -92,11 +92,23 @@ def convert_params(
     arrays = read_params(path)
     size = sum(array.nbytes for array in arrays.values())
     log(f'Read {path}: {len(arrays)} arrays, {size / 1e6:.1f} MB')
-    model = timm.create_model(architecture, pretrained_cfg_overlay=_overlay(name, tag), **(model_args or {}))
+    model = create(architecture, pretrained_cfg_overlay=_overlay(name, tag), **(model_args or {}))
     model.load_state_dict(to_state_dict(arrays, model))
     log(f'Writing {folder}: weights, config, picture and card')
     facts = facts_of(name) or {'description': f'{architecture}, converted from the MXNet file {Path(path).name}.'}
     export(model, folder, facts, image, model_args)
+
+
+def create(name: str, **kwargs: Any) -> Any:
+    """`timm.create_model`, for names and arguments that come from outside.
+
+    Raises:
+        ValueError: timm does not know the name, the model does not take an argument, or has no weights.
+    """
+    try:
+        return timm.create_model(name, **kwargs)
+    except (TypeError, RuntimeError, AssertionError) as error:
+        raise ValueError(f'{name} cannot be made: {error}') from error
 
 
 def _overlay(name: str, tag: str) -> dict[str, Any]:

@@ -43,7 +43,7 @@ class Package(NamedTuple):
         repo: Where it goes, OWNER/NAME.
         files: What is pushed of it, name -> bytes; other files stay.
         license: What its card says, None where it states none.
-        license_note: What the card says of it.
+        license_note: A sentence that says so, None where it states one.
     """
 
     folder: Path
@@ -109,13 +109,17 @@ def check(folder: str | Path, repo: str | None = None) -> Package:
         raise FolderError(f'{folder / CARD} has no front matter; write it anew with `timm-atac card {folder}`.')
     names = [name for name in (CARD, CONFIG, WEIGHTS, PICTURE) if (folder / name).is_file()]
     license = card.data.get('license_name') or card.data.get('license')
+    license_note = None
+    if license in (None, 'none-stated', 'unknown'):
+        origin = config.get('pretrained_cfg', {}).get('origin_url')
+        license_note = f'The weights come from {origin}, which states' if origin else 'The card states'
     return Package(
         folder,
         name,
         repo,
         files={name: (folder / name).stat().st_size for name in names},
-        license=None if license in ('none-stated', 'unknown') else license,
-        license_note=config.get('pretrained_cfg', {}).get('description') if license == 'none-stated' else None,
+        license=None if license_note else license,
+        license_note=f'{license_note} no licence.' if license_note else None,
     )
 
 
@@ -177,7 +181,7 @@ def _check_repository(api: HfApi, package: Package, private: bool) -> None:
     expected = read_config(package.folder)['architecture']
     if found != expected:
         raise HubError(
-            f'{repo} is taken: it holds {f"a {found}" if found else "something else"}, not a {expected}. '
+            f'{repo} is taken: it holds {found or "something else"}, not {expected}. '
             f'Give another --repo, or remove it first.'
         )
 

@@ -1,0 +1,245 @@
+"""`timm-atac`, as it is typed."""
+
+import io
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from test_pretrained import NAME
+
+from timm_atac import read_params, write_params
+from timm_atac.cli import main
+from timm_atac.published import PUBLISHED, Published
+from timm_atac.weights.convert import to_arrays
+from timm_atac.weights.pretrained import git_blob_id
+
+PARAMS = str(Path(__file__).parent / 'data' / 'cifar_b1_atac.params')
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys) -> Any:
+    """Run a command line in an empty folder: `run(*arguments)` gives status, output and errors."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        status = main([str(argument) for argument in arguments])
+        return status, *capsys.readouterr()
+
+    return run
+
+
+def fails(result: tuple[int, str, str], message: str) -> None:
+    status, _, errors = result
+    assert status == 1
+    assert message in errors
+    assert errors.splitlines()[-1].startswith('timm-atac ') or message.startswith(('missing', 'The'))
+
+
+def test_convert_and_back(run, tmp_path) -> None:
+    status, output, progress = run('convert', PARAMS, 'a folder/net', '--model', 'atac_resnet8_cifar')
+    assert (status, output) == (0, 'Wrote a folder/net: README.md, config.json, gates.png, model.safetensors\n')
+    assert progress.splitlines() == [
+        f'Read {PARAMS}: 113 arrays, 0.4 MB',
+        'Writing a folder/net: weights, config, picture and card',
+    ]
+    assert 'converted from the MXNet file cifar_b1_atac.params' in (tmp_path / 'a folder/net/README.md').read_text()
+    model: Any = timm.create_model(f'local-dir:{tmp_path}/a folder/net', pretrained=True)
+    assert np.array_equal(model.conv1.weight.detach(), read_params(PARAMS)['features.1.weight'])
+
+    assert run('convert', 'a folder/net', 'back.params')[:2] == (0, 'Wrote back.params\n')
+    back, arrays = read_params('back.params'), read_params(PARAMS)
+    assert set(back) == set(arrays)
+    assert all(np.array_equal(back[name], array) for name, array in arrays.items())
+    fails(run('convert', 'a folder/net', 'back.params'), 'back.params is there already; give another name')
+    fails(run('convert', PARAMS, 'a folder/net', '--model', 'atac_resnet8_cifar'), 'is there already')
+    assert sorted(os.listdir('.')) == ['a folder', 'back.params']
+
+
+def test_convert_a_variant(run, tmp_path) -> None:
+    """The ways of the authors' network that are arguments of ours, one of them with a registered tag's labels."""
+    kwargs: dict[str, Any] = dict(act_layer='se_act', atac_stages=(3, 4), num_classes=100)
+    torch.manual_seed(0)
+    source: Any = timm.create_model('resnet14_cifar', **kwargs).eval()
+    write_params(tmp_path / 'net.params', to_arrays(source))
+    pairs = ('act_layer=se_act', 'atac_stages=(3, 4)', 'num_classes=100')
+    arguments = ('net.params', 'net', '--model', 'resnet14_cifar', '--model-kwargs', *pairs)
+    assert run('convert', *arguments, '--tag', 'cifar100')[0] == 0
+    model = timm.create_model('local-dir:net', pretrained=True).eval()
+    x = torch.randn(1, 3, 32, 32)
+    with torch.inference_mode():
+        assert torch.equal(model(x), source(x))
+    assert '# Model card for resnet14_cifar.cifar100' in Path('net/README.md').read_text()
+
+
+def test_convert_refuses(run) -> None:
+    for arguments, message in (
+        ((PARAMS, 'x'), '--model is needed for a .params file'),
+        ((PARAMS, 'x', '--model', 'atac_resnet5'), "timm knows no model 'atac_resnet5'; see atac_resnet50"),
+        ((PARAMS, 'x', '--model', 'resnet18'), "ResNet: expected one of the authors' networks"),
+        (('absent', 'x', '--model', 'atac_resnet50'), "No such file or directory: 'absent'"),
+        ((__file__, 'x', '--model', 'atac_resnet50'), 'no valid .params file: it begins with'),
+        (
+            (PARAMS, 'x', '--model', 'atac_resnet50.open_atac_in1k'),
+            'its git blob id is 1918d0f25b94b81e6fdf7396022faf82',
+        ),
+        (
+            (PARAMS, 'x', '--model', 'atac_resnet50', '--tag', 'open_atac_in1k'),
+            'expected 68dc6dabee84f1f42746d06553aba6',
+        ),
+        ((PARAMS, 'x', '--model', 'atac_resnet8_cifar.cifar10', '--tag', 'mine'), 'name two tags; give one'),
+        (
+            (PARAMS, 'x', '--model', 'atac_resnet8_cifar', '--model-kwargs', 'rd_ratio'),
+            "'rd_ratio': expected KEY=VALUE",
+        ),
+        ((PARAMS, 'x', '--model', 'atac_resnet8_cifar', '--model-kwargs', 'colour=3'), 'colour'),
+        ((PARAMS, 'x', '--model', 'atac_resnet8_cifar', '--image', __file__), 'is no image that Pillow reads'),
+    ):
+        fails(run('convert', *arguments), message)
+    status, _, errors = run('convert', PARAMS, 'x', '--model', 'atac_resnet14_cifar')
+    assert status == 1
+    expected = len(to_arrays(timm.create_model('atac_resnet14_cifar')))
+    assert f'The 113 arrays are not the {expected} of this CifarResNet' in errors
+    assert "missing: 'features.2.1.bn1.gamma' (16,)" in errors
+    assert not os.listdir('.')
+
+
+def test_push_of_published_weights(run, monkeypatch, tmp_path) -> None:
+    """Downloaded to timm's cache, checked and converted; without a licence, nothing goes anywhere unasked."""
+    cache = tmp_path / 'torch' / 'hub' / 'checkpoints'
+    cache.mkdir(parents=True)
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'torch'))
+    path = cache / PUBLISHED[NAME].url.rpartition('/')[2]
+    write_params(path, to_arrays(timm.create_model('atac_resnet50')))
+    fails(run('push', '--model', NAME, '--repo', 'me/net', '--dry-run'), 'delete it and try again')
+
+    monkeypatch.setitem(PUBLISHED, NAME, Published(PUBLISHED[NAME].url, git_blob_id(path)))
+    status, output, _ = run('push', '--model', NAME, '--repo', 'me/net', '--dry-run')
+    assert status == 0
+    assert f'{NAME} -> me/net\n' in output
+    assert 'model.safetensors     112.' in output
+    assert (
+        'licence: none stated\n  The weights come from https://github.com/YimianDai/open-atac, which states no'
+        in output
+    )
+    assert output.endswith('Nothing was pushed (--dry-run).\n')
+
+    monkeypatch.setattr('sys.stdin', io.StringIO())
+    fails(run('push', '--model', NAME, '--repo', 'me/net'), 'Nobody is there to answer; say --yes')
+
+
+def test_push_asks(run, monkeypatch) -> None:
+    run('convert', PARAMS, 'net', '--model', 'atac_resnet8_cifar')
+    questions: list[str] = []
+
+    def answer(question: str) -> str:
+        questions.append(question)
+        return 'no'
+
+    monkeypatch.setattr('sys.stdin.isatty', lambda: True, raising=False)
+    monkeypatch.setattr('builtins.input', answer)
+    fails(run('push', 'net', '--repo', 'me/net'), 'Nothing was pushed.')
+    assert questions == ['Upload weights that have no licence to me/net all the same? [y/N] ']
+    fails(run('push', '--model', 'atac_resnet18.untrained'), "'atac_resnet18.untrained' has no published weights")
+
+
+def test_card(run) -> None:
+    status, output, _ = run('card', NAME)
+    assert status == 0
+    assert output.startswith('---\n') and f'# Model card for {NAME}\n' in output
+
+    run('convert', PARAMS, 'net', '--model', 'atac_resnet8_cifar')
+    Path('facts.yaml').write_text('description: Of mine.\nlicense: mit\n')
+    Image.new('RGB', (40, 60), 'red').save('red.png')
+    before = Path('net/gates.png').read_bytes()
+    assert run('card', 'net', '--facts', 'facts.yaml', '--image', 'red.png')[0] == 0
+    card = Path('net/README.md').read_text()
+    assert 'Of mine.' in card and 'license: mit' in card and 'Grace Hopper' not in card
+    assert Path('net/gates.png').read_bytes() != before
+    shutil.move('facts.yaml', 'net/card.yaml')
+    assert run('card', 'net')[0] == 0
+    assert 'Of mine.' in Path('net/README.md').read_text()
+    assert 'Grace Hopper' in Path('net/README.md').read_text()
+
+    Path('net/card.yaml').write_text('colour: red')
+    card = Path('net/README.md').read_text()
+    fails(run('card', 'net'), 'colour is no fact of a card')
+    assert Path('net/README.md').read_text() == card
+    fails(run('card', 'nothing'), "'nothing' is neither a folder nor a tag")
+
+
+def test_gates(run) -> None:
+    Image.new('RGB', (40, 60), 'red').save('red.png')
+    run('convert', PARAMS, 'net', '--model', 'atac_resnet8_cifar')
+    status, output, _ = run('gates', 'red.png', '--model', 'local-dir:net', '-o', 'out.png')
+    assert status == 0
+    lines = output.splitlines()
+    assert lines[0].split() == ['unit', 'gates', 'mean', 'std']
+    assert [line.split()[0] for line in lines[1:-1]] == [
+        *(f'stages.{stage}.0.act{act}' for stage in range(3) for act in (1, 2)),
+        'act',
+    ]
+    assert lines[1].split()[1] == '16x32x32'
+    assert lines[-1] == 'Wrote out.png'
+    with Image.open('out.png') as picture:
+        assert picture.width > 500
+
+    kwargs = ('--model-kwargs', 'act_layer=atac', 'num_classes=3')
+    torch.save(
+        {'state_dict': timm.create_model('resnet8_cifar', act_layer='atac', num_classes=3).state_dict()}, 'c.pth'
+    )
+    assert run('gates', 'red.png', '--model', 'resnet8_cifar', *kwargs, '--checkpoint', 'c.pth')[0] == 0
+    assert Path('gates.png').exists()
+    fails(run('gates', 'red.png', '--model', 'atac_resnet18'), 'Give --checkpoint FILE, or --untrained')
+    fails(run('gates', 'red.png', '--model', 'resnet8_cifar', '--untrained'), 'no unit with a gate')
+    fails(
+        run('gates', 'absent.png', '--model', 'atac_resnet18', '--untrained'), "No such file or directory: 'absent.png'"
+    )
+    fails(run('gates', __file__, '--model', 'atac_resnet18', '--untrained'), 'is no image that Pillow reads')
+
+
+def test_list(run) -> None:
+    status, output, _ = run('list', 'atac_resnet*')
+    assert status == 0
+    rows = [line.split() for line in output.splitlines()]
+    assert rows[0] == ['model', 'params', 'MACs', 'tags', 'weights']
+    (row,) = (row for row in rows if row[0] == 'atac_resnet50')
+    assert row == ['atac_resnet50', '27.93', 'M', '4.397', 'G', 'open_atac_in1k', PUBLISHED[NAME].url]
+    assert ['cifar100', 'none'] in rows
+    assert not any(row[0].startswith('resnet') for row in rows)
+    fails(run('list', 'convnext*'), "no model of ours is named 'convnext*'")
+
+
+def test_help() -> None:
+    """Each command explains itself with an example, and without loading torch."""
+    code = 'import sys; from timm_atac.cli import main\ntry: main(sys.argv[1:])\nfinally: print("torch" in sys.modules)'
+    for command in ('convert', 'push', 'card', 'gates', 'list'):
+        result = subprocess.run([sys.executable, '-c', code, command, '--help'], capture_output=True, text=True)
+        assert result.returncode == 0
+        assert result.stdout.endswith('False\n')
+        assert command == 'list' or f'    timm-atac {command} ' in result.stdout
+    result = subprocess.run([sys.executable, '-m', 'timm_atac.cli'], capture_output=True, text=True)
+    assert result.returncode == 2 and 'required: COMMAND' in result.stderr
+
+
+def test_switched_off(run, monkeypatch) -> None:
+    monkeypatch.setenv('TIMM_ATAC_DISABLE', '1')
+    fails(run('list'), 'TIMM_ATAC_DISABLE is set')
+
+
+def test_interrupted(run, monkeypatch) -> None:
+    def interrupt(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr('timm_atac.export.render', interrupt)
+    status, _, errors = run('convert', PARAMS, 'net', '--model', 'atac_resnet8_cifar')
+    assert status == 130
+    assert 'nothing is left half written' in errors
+    assert not os.listdir('.')
