@@ -16,8 +16,9 @@ from huggingface_hub import ModelCard
 from loopback_hub import LoopbackHub, card_errors
 from PIL import Image
 
-from timm_atac.card import CardError, config_folder, name_of, read_facts, render
+from timm_atac.card import name_of, render
 from timm_atac.export import export
+from timm_atac.facts import CardError, config_folder, read_facts
 from timm_atac.hub import check
 from timm_atac.profile import profile
 from timm_atac.published import PUBLISHED
@@ -79,7 +80,7 @@ def test_numbers_are_those_of_the_code(tag) -> None:
     assert f'  - GMACs: {stats.gmacs:.2f}\n' in card
     assert f'  - Activations (M): {stats.activations:.2f}\n' in card
     cfg: Any = timm.get_pretrained_cfg(tag)
-    assert f'{cfg.interpolation}, then {cfg.crop_mode} crop of 224 (crop_pct {cfg.crop_pct})' in card
+    assert f'Resize to 256 x 256, {cfg.interpolation}, then center crop of 224 x 224 (crop_pct {cfg.crop_pct})' in card
     assert f'  - Mean: {", ".join(f"{value:.4f}" for value in cfg.mean)}\n' in card
     assert f'  - Standard deviation: {", ".join(f"{value:.4f}" for value in cfg.std)}\n' in card
 
@@ -156,7 +157,8 @@ def test_code_runs(tag, tmp_path) -> None:
 
 def test_without_facts(tmp_path) -> None:
     """A card of a network that nothing is known of has no empty sections."""
-    save_folder(timm.create_model('resnet18', act_layer='atac', num_classes=3), tmp_path)
+    kwargs: dict[str, Any] = dict(act_layer='atac', num_classes=3)
+    save_folder(timm.create_model('resnet18', **kwargs), tmp_path, kwargs)
     config = read_config(tmp_path)
     card = render(config)
     assert name_of(config) == 'resnet18.a1_in1k'
@@ -171,8 +173,45 @@ def test_without_facts(tmp_path) -> None:
         'Citation',
     ]
     assert 'k=3)' in card and 'gates' not in card
+    assert '**Architecture:** `resnet18` with `act_layer=atac`\n' in card
+    check_text(card)
+
+
+def check_text(card: str) -> None:
+    """Nothing is left of the template, and the Hub takes the front matter."""
     assert not re.search(r'\n\n\n|None|\{\{|\{%| \n', card)
     assert not card_errors(card)
+
+
+@pytest.mark.parametrize('tag', TAGS)
+def test_text(tag) -> None:
+    check_text(render_tag(tag, picture='gates.png'))
+
+
+def test_facts_without_a_value(tmp_path) -> None:
+    (tmp_path / 'card.yaml').write_text('description: null\npapers:\ndatasets: [{name: mine, id: null}]')
+    facts = read_facts(tmp_path / 'card.yaml')
+    assert list(facts) == ['datasets']
+    card = render(read_config(folder_of(TAGS[0])), facts)
+    assert '- **Dataset:** mine\n' in card and '\ndatasets:' not in card
+    check_text(card)
+
+
+def test_a_network_without_classes(tmp_path) -> None:
+    save_folder(timm.create_model('atac_resnet8_cifar', num_classes=0), tmp_path)
+    card = render(read_config(tmp_path))
+    assert 'pipeline_tag: image-feature-extraction' in card
+    assert re.findall('^### (.*)', card, re.MULTILINE) == ['Feature Map Extraction', 'Image Embeddings']
+    check_text(card)
+
+
+def test_a_network_without_feature_maps(tmp_path) -> None:
+    kwargs: dict[str, Any] = dict(act_layer='atac', depth=2)
+    save_folder(timm.create_model('vit_tiny_patch16_224', **kwargs), tmp_path, kwargs)
+    card = render(read_config(tmp_path))
+    assert 'Feature Map' not in card
+    assert '- **Architecture:** `vit_tiny_patch16_224` with `act_layer=atac`, `depth=2`\n' in card
+    check_text(card)
 
 
 def test_picture() -> None:
@@ -185,12 +224,19 @@ def test_picture() -> None:
     'text, message',
     [
         ('licence: mit', 'licence is no fact of a card; expected description, license'),
-        ('[1, 2]', 'list is no fact'),
+        ('[1, 2]', 'are a list, expected a mapping'),
         ('a: [', 'is not YAML'),
-        ('papers: [{title: x}]', 'papers without url'),
-        ('papers: [x]', 'papers without title'),
-        ('results: [{dataset: x, id: x, split: x, source: {}, metrics: {a: 1}}]', "not of the form.*'name'"),
-        ('hyperparameters: 3', 'not of the form'),
+        ('description: [x]', r"description is \['x'\], expected a str"),
+        ('citations: hello', "citations is 'hello', expected a list"),
+        ('hyperparameters: 3', 'hyperparameters is 3, expected a dict'),
+        ('papers: [{title: x}]', 'papers has an entry without url'),
+        ('papers: [x]', "papers has an entry without title, url: 'x'"),
+        (
+            'results: [{dataset: x, id: x, split: x, source: {}, metrics: {a: 1}}]',
+            'results.source has .* without name, url',
+        ),
+        ('results: [{dataset: x, id: x, split: x, source: {name: x, url: x}, metrics: {a: 7 %}}]', 'expected numbers'),
+        ('comparison: {text: x, rows: [{model: x}]}', 'comparison.rows has an entry without params, gmacs'),
     ],
 )
 def test_wrong_facts(text, message, tmp_path) -> None:

@@ -1,8 +1,8 @@
 """`timm-atac`, as it is typed."""
 
+import argparse
 import io
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -28,6 +28,7 @@ PARAMS = str(Path(__file__).parent / 'data' / 'cifar_b1_atac.params')
 def run(tmp_path, monkeypatch, capsys) -> Any:
     """Run a command line in an empty folder: `run(*arguments)` gives status, output and errors."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv('HF_TOKEN', 'hf_nothing_is_pushed')
 
     def run(*arguments: object) -> tuple[int, str, str]:
         status = main([str(argument) for argument in arguments])
@@ -45,7 +46,10 @@ def fails(result: tuple[int, str, str], message: str) -> None:
 
 def test_convert_and_back(run, tmp_path) -> None:
     status, output, progress = run('convert', PARAMS, 'a folder/net', '--model', 'atac_resnet8_cifar')
-    assert (status, output) == (0, 'Wrote a folder/net: README.md, config.json, gates.png, model.safetensors\n')
+    assert (status, output) == (
+        0,
+        'Wrote a folder/net: README.md, card.yaml, config.json, gates.png, model.safetensors\n',
+    )
     assert progress.splitlines() == [
         f'Read {PARAMS}: 113 arrays, 0.4 MB',
         'Writing a folder/net: weights, config, picture and card',
@@ -79,11 +83,38 @@ def test_convert_a_variant(run, tmp_path) -> None:
     assert '# Model card for resnet14_cifar.cifar100' in Path('net/README.md').read_text()
 
 
+@pytest.mark.parametrize('in_chans', [1, 4])
+def test_convert_for_other_inputs(in_chans, run, tmp_path) -> None:
+    """A registered tag brings its classes; a network of four channels has no picture, and says so."""
+    source: Any = timm.create_model('atac_resnet8_cifar', in_chans=in_chans, num_classes=100).eval()
+    write_params(tmp_path / 'net.params', to_arrays(source))
+    arguments = ('net.params', 'net', '--model', 'atac_resnet8_cifar.cifar100')
+    status, _, log = run('convert', *arguments, '--model-kwargs', f'in_chans={in_chans}')
+    assert status == 0
+    assert ('takes images of 4 channels' in log) == (in_chans == 4) == (not Path('net/gates.png').exists())
+    card = Path('net/README.md').read_text()
+    assert ("convert('L')" in card) == (in_chans == 1)
+    assert ('torch.randn(1, 4, 32, 32)' in card) == (in_chans == 4)
+    x = torch.randn(1, in_chans, 32, 32)
+    with torch.inference_mode():
+        assert torch.equal(timm.create_model('local-dir:net', pretrained=True).eval()(x), source(x))
+
+
+def test_a_network_that_diverged(run, tmp_path) -> None:
+    arrays = {name: array.copy() for name, array in read_params(PARAMS).items()}
+    arrays['features.1.weight'][:] = np.nan
+    write_params(tmp_path / 'net.params', arrays)
+    status, _, log = run('convert', 'net.params', 'net', '--model', 'atac_resnet8_cifar')
+    assert status == 0
+    assert 'No picture of the gates: ' in log and 'expected finite numbers' in log
+
+
 def test_convert_refuses(run) -> None:
     for arguments, message in (
         ((PARAMS, 'x'), '--model is needed for a .params file'),
-        ((PARAMS, 'x', '--model', 'atac_resnet5'), "timm knows no model 'atac_resnet5'; see atac_resnet50"),
-        ((PARAMS, 'x', '--model', 'resnet18'), "ResNet: expected one of the authors' networks"),
+        ((PARAMS, 'x', '--model', 'atac_resnet5'), "is none of the authors' networks; expected atac_resnet50 or"),
+        ((PARAMS, 'x', '--model', 'resnet18'), "'resnet18' is none of the authors' networks"),
+        ((PARAMS, 'x', '--model', 'atac_resnet8_cifar', '--tag', 'a/b'), "the tag 'a/b' is no part of a name"),
         (('absent', 'x', '--model', 'atac_resnet50'), "No such file or directory: 'absent'"),
         ((__file__, 'x', '--model', 'atac_resnet50'), 'no valid .params file: it begins with'),
         (
@@ -131,6 +162,7 @@ def test_push_of_published_weights(run, monkeypatch, tmp_path) -> None:
     )
     assert output.endswith('Nothing was pushed (--dry-run).\n')
 
+    fails(run('push', '--model', NAME), 'No repository given')  # before the download
     monkeypatch.setattr('sys.stdin', io.StringIO())
     fails(run('push', '--model', NAME, '--repo', 'me/net'), 'Nobody is there to answer; say --yes')
 
@@ -163,15 +195,17 @@ def test_card(run) -> None:
     card = Path('net/README.md').read_text()
     assert 'Of mine.' in card and 'license: mit' in card and 'Grace Hopper' not in card
     assert Path('net/gates.png').read_bytes() != before
-    shutil.move('facts.yaml', 'net/card.yaml')
-    assert run('card', 'net')[0] == 0
-    assert 'Of mine.' in Path('net/README.md').read_text()
-    assert 'Grace Hopper' in Path('net/README.md').read_text()
 
-    Path('net/card.yaml').write_text('colour: red')
-    card = Path('net/README.md').read_text()
-    fails(run('card', 'net'), 'colour is no fact of a card')
-    assert Path('net/README.md').read_text() == card
+    # what the folder has stays, and after an error all of it
+    picture = Path('net/gates.png').read_bytes()
+    assert run('card', 'net')[0] == 0
+    assert (Path('net/README.md').read_text(), Path('net/gates.png').read_bytes()) == (card, picture)
+    Path('facts.yaml').write_text('colour: red')
+    fails(run('card', 'net', '--facts', 'facts.yaml', '--image', 'red.png'), 'colour is no fact of a card')
+    assert (Path('net/README.md').read_text(), Path('net/gates.png').read_bytes()) == (card, picture)
+    Path('net/gates.png').unlink()
+    assert run('card', 'net')[0] == 0
+    assert 'Grace Hopper' in Path('net/README.md').read_text()
     fails(run('card', 'nothing'), "'nothing' is neither a folder nor a tag")
 
 
@@ -191,13 +225,26 @@ def test_gates(run) -> None:
     with Image.open('out.png') as picture:
         assert picture.width > 500
 
+    before = Path('out.png').read_bytes()
+    assert run('gates', 'red.png', '--model', 'atac_resnet8_cifar', '--checkpoint', PARAMS, '-o', 'out.png')[0] == 0
+    assert abs(len(Path('out.png').read_bytes()) - len(before)) < 2_000  # but for the title
     kwargs = ('--model-kwargs', 'act_layer=atac', 'num_classes=3')
-    torch.save(
-        {'state_dict': timm.create_model('resnet8_cifar', act_layer='atac', num_classes=3).state_dict()}, 'c.pth'
-    )
+    state_dict = timm.create_model('resnet8_cifar', act_layer='atac', num_classes=3).state_dict()
+    torch.save({'state_dict': state_dict, 'args': argparse.Namespace(lr=0.1), 'epoch': 3}, 'c.pth')  # as of train.py
     assert run('gates', 'red.png', '--model', 'resnet8_cifar', *kwargs, '--checkpoint', 'c.pth')[0] == 0
     assert Path('gates.png').exists()
-    fails(run('gates', 'red.png', '--model', 'atac_resnet18'), 'Give --checkpoint FILE, or --untrained')
+
+    def gates(*arguments: str) -> tuple[int, str, str]:
+        return run('gates', 'red.png', '--model', *arguments)
+
+    torch.save({'state_dict': state_dict, 'args': Path}, 'code.pth')  # a pickle that needs more than tensors
+    fails(gates('resnet8_cifar', *kwargs, '--checkpoint', 'code.pth'), 'code.pth does not load into CifarResNet: ')
+    fails(gates('resnet8_cifar', '--checkpoint', 'c.pth'), 'c.pth does not load into CifarResNet: Error(s) in loading')
+    fails(gates('atac_resnet18', '--checkpoint', 'absent.pth'), 'absent.pth is no file')
+    fails(gates('net'), 'net is a folder: say --model local-dir:net')
+    fails(gates('atac_resnet18', '-o', 'x.jpg'), '-o x.jpg: expected the name of a PNG file')
+    fails(gates('atac_resnet18', '--model-kwargs', 'checkpoint_path=x'), 'is no argument of the network itself')
+    fails(run('gates', 'red.png', '--model', 'atac_resnet18'), '--checkpoint FILE, or --untrained')
     fails(run('gates', 'red.png', '--model', 'resnet8_cifar', '--untrained'), 'no unit with a gate')
     fails(
         run('gates', 'absent.png', '--model', 'atac_resnet18', '--untrained'), "No such file or directory: 'absent.png'"
@@ -214,6 +261,7 @@ def test_list(run) -> None:
     assert row == ['atac_resnet50', '27.93', 'M', '4.397', 'G', 'open_atac_in1k', PUBLISHED[NAME].url]
     assert ['cifar100', 'none'] in rows
     assert not any(row[0].startswith('resnet') for row in rows)
+    assert run('list', NAME)[1].splitlines()[1].startswith('atac_resnet50 ')
     fails(run('list', 'convnext*'), "no model of ours is named 'convnext*'")
 
 

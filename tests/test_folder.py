@@ -82,8 +82,9 @@ def test_a_replaced_host_claims_nothing_of_the_host(tmp_path) -> None:
 
 def test_what_others_wrote(tmp_path) -> None:
     """Of timm's own save_for_hf, and of replace_activations."""
-    model = timm_atac.replace_activations(timm.create_model('resnet18', num_classes=3), where='layer4.*')
-    timm.models.save_for_hf(model, str(tmp_path), safe_serialization=True)
+    model: Any = timm_atac.replace_activations(timm.create_model('resnet18', num_classes=3), where='layer4.*')
+    args = model.replaced_activations.model_args  # timm knows them since 1.0.31
+    timm.models.save_for_hf(model, str(tmp_path), safe_serialization=True, model_args=args)
     x = torch.randn(1, 3, 64, 64)
     with torch.inference_mode():
         assert torch.equal(load_folder(tmp_path)(x), model.eval()(x))
@@ -107,6 +108,19 @@ def test_faults_of_a_config(folder) -> None:
         (dict(architecture=None), 'architecture is None'),
         (dict(architecture='resnet8_cifar', model_args=[]), r'model_args is \[\], expected an object'),
         (dict(model_args=dict(checkpoint_path='x.pth')), 'has checkpoint_path, which would load something else'),
+        (
+            dict(architecture='atac_host', model_args=dict(host=dict(model_name='resnet18', checkpoint_path='x'))),
+            'has checkpoint_path',
+        ),
+        (
+            dict(architecture='atac_host', model_args=dict(host='hf-hub:me/net')),
+            "has the host 'hf-hub:me/net', which would",
+        ),
+        (
+            dict(architecture='atac_host', model_args=dict(host=dict(model_name='local-dir:x'))),
+            "the host 'local-dir:x'",
+        ),
+        (dict(pretrained_cfg=None), 'pretrained_cfg is None, expected an object'),
         (dict(model_args=dict(rd_ratio=7)), 'cannot be created.*rd_ratio=7: expected'),
         (dict(model_args=dict(colour=1)), 'cannot be created'),
         (dict(model_args=dict(rd_ratio=0.25)), r'does not fit config.json.*size mismatch'),
@@ -158,6 +172,7 @@ def test_export_is_complete_or_absent(tmp_path, monkeypatch) -> None:
     export(model, tmp_path / 'deep' / 'net')
     assert sorted(os.listdir(tmp_path / 'deep' / 'net')) == [
         'README.md',
+        'card.yaml',
         'config.json',
         'gates.png',
         'model.safetensors',
@@ -195,5 +210,5 @@ def test_without_matplotlib(tmp_path, monkeypatch) -> None:
     """A folder without a picture, and a card that does not speak of one."""
     monkeypatch.setattr('timm_atac.export.find_spec', lambda name: None)
     export(timm.create_model('atac_resnet8_cifar'), tmp_path / 'net')
-    assert sorted(os.listdir(tmp_path / 'net')) == ['README.md', 'config.json', 'model.safetensors']
+    assert sorted(os.listdir(tmp_path / 'net')) == ['README.md', 'card.yaml', 'config.json', 'model.safetensors']
     assert 'gates' not in (tmp_path / 'net' / 'README.md').read_text()

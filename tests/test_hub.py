@@ -172,7 +172,7 @@ def test_refusals(hub, run, folder) -> None:
     (offline,) = errors((right, '--repo', 'me/net'), HF_HUB_OFFLINE='1')
     assert 'HF_HUB_OFFLINE is set; unset it' in offline
     (nowhere,) = errors((right, '--repo', 'me/net'), HF_ENDPOINT='http://127.0.0.1:9')
-    assert nowhere.startswith('http://127.0.0.1:9 cannot be reached') and 'Nothing was pushed' in nowhere
+    assert nowhere.startswith('http://127.0.0.1:9 cannot be reached') and 'Nothing is half pushed' in nowhere
     assert not hub.repositories
 
     # nothing stays of a card that is not fit
@@ -191,7 +191,9 @@ def test_refusals(hub, run, folder) -> None:
     other = {**config, 'architecture': 'resnet8_cifar', 'model_args': {'act_layer': 'atac', 'in_chans': 1}}
     (folder / 'config.json').write_text(json.dumps(other))
     taken, public = errors((right, '--repo', name), (right, '--repo', name, '--private'))
-    assert f'{name} is taken: it holds atac_resnet8_cifar, not resnet8_cifar. Give another --repo' in taken
+    assert (
+        f'{name} is taken: it holds atac_resnet8_cifar.cifar10, not resnet8_cifar.cifar10. Give another --repo' in taken
+    )
     assert 'is there and public' in public
     assert len(hub.commits(name)) == 2
 
@@ -201,7 +203,7 @@ def test_a_push_that_breaks(hub, run, folder) -> None:
     """A server that dies in the middle of an upload, and one that fails at the commit: nothing half done."""
     hub.fail = Failures(upload_dies_at=100_000)
     line = error_of(run(PUSH, folder, '--repo', 'me/net'))
-    assert 'cannot be reached or broke off' in line and 'Nothing was pushed' in line
+    assert 'cannot be reached or broke off' in line and 'Nothing is half pushed' in line
     hub.fail = Failures()
     hub.start()
     assert [files for _, files in hub.commits('me/net')] == [['.gitattributes']]  # nobody was there to take it back

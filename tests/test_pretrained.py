@@ -137,6 +137,16 @@ def test_formats_of_timm(tmp_path) -> None:
     assert model.fc.out_features == 3
 
 
+def test_formats_of_timm_for_a_published_tag(source, tmp_path) -> None:
+    """Weights of ones own in a format of timm's take the place of the published ones."""
+    from safetensors.torch import save_file
+
+    save_file(source.state_dict(), tmp_path / 'own.safetensors')
+    overlay = dict(file=str(tmp_path / 'own.safetensors'), custom_load=True)  # as timm before 1.0.29 leaves it
+    model: Any = create(overlay)
+    assert torch.equal(model.fc.weight, source.fc.weight)
+
+
 def test_cifar() -> None:
     path = Path(__file__).parent / 'data' / 'cifar_b1_atac.params'
     overlay = dict(file=str(path), custom_load=True)

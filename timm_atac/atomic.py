@@ -13,7 +13,14 @@ __all__ = ['check_free', 'new_folder', 'replaced_file']
 
 @contextmanager
 def replaced_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to write that takes the place of `path` at the end, unless there was an exception."""
+    """A file to write that takes the place of `path` at the end, unless there was an exception.
+
+    Raises:
+        IsADirectoryError: There is a folder at `path`.
+    """
+    if path.is_dir():
+        raise IsADirectoryError(f'{path} is a folder; give the name of a file.')
+    path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f'.{path.name}.', dir=path.parent)
     try:
         with open(handle, 'wb') as file:

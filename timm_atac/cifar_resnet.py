@@ -190,7 +190,15 @@ class CifarResNet(nn.Module):
 
     @torch.jit.ignore
     def load_pretrained(self, checkpoint_path: str, prefix: str = '') -> None:
-        """Load a `.params` file of the authors': timm calls it for a pretrained cfg with `custom_load`."""
+        """Load a `.params` file of the authors': timm calls it for a pretrained cfg with `custom_load`.
+
+        Args:
+            checkpoint_path: The file.
+            prefix: Of timm's signature, without a meaning here.
+
+        Raises:
+            ValueError: As `timm_atac.weights.pretrained.load_pretrained`; the model stays as it was.
+        """
         from .weights.pretrained import load_pretrained  # models know nothing of weights until some are asked for
 
         load_pretrained(self, checkpoint_path)

@@ -2,6 +2,7 @@
 
 import argparse
 import ast
+import re
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ __all__ = ['main']
 # Nothing heavy is imported before the arguments are known: a help text takes no seconds.
 
 _NAME = 'ARCH or ARCH.TAG, as `timm-atac list` shows them'
-_KWARGS = 'arguments of timm.create_model that the network was made with, as act_layer=relu num_classes=10'
+_KWARGS = 'arguments of timm.create_model that the network was made with, as act_layer=relu num_classes=10; comes last'
 _IMAGE = "image for the picture of the gates (default: matplotlib's sample)"
 
 _CONVERT = """\
@@ -74,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print('\nInterrupted; nothing is left half written.', file=sys.stderr)
         return 130
     except (CliError, ValueError, OSError, ImportError, RuntimeError) as error:
-        print(f'timm-atac {args.command}: error: {error}', file=sys.stderr)
+        print(f'timm-atac {args.command}: error: {error or type(error).__name__}', file=sys.stderr)
         return 1
     return 0
 
@@ -115,7 +116,7 @@ def _parser() -> argparse.ArgumentParser:
         help='default: ARCH.TAG of the organisation in TIMM_ATAC_HUB_ORG',
     )
     sub.add_argument('--private', action='store_true', help='make a new repository private')
-    sub.add_argument('--dry-run', action='store_true', help='say what would be pushed, and touch no network')
+    sub.add_argument('--dry-run', action='store_true', help='say what would be pushed, and push nothing')
     sub.add_argument('--yes', action='store_true', help='do not ask, where the weights have no licence')
 
     sub = command('card', _card, _CARD, 'the model card of a folder or a tag')
@@ -159,7 +160,7 @@ def _convert(args: argparse.Namespace) -> None:
             raise CliError(
                 '--model, --tag, --model-kwargs and --image are for a .params file; a folder has a config.json.'
             )
-        from .export import convert_folder
+        from .open_atac import convert_folder
 
         convert_folder(args.source, args.target)
         print(f'Wrote {args.target}')
@@ -170,7 +171,9 @@ def _convert(args: argparse.Namespace) -> None:
     if tag and args.tag and tag != args.tag:
         raise CliError(f'--model {args.model} and --tag {args.tag} name two tags; give one.')
     tag = tag or args.tag
-    from .export import PICTURE, convert_params
+    if tag and not re.fullmatch(r'\w[\w.-]*', tag):
+        raise CliError(f'the tag {tag!r} is no part of a name: expected letters, digits, _, - and dots.')
+    from .open_atac import convert_params
 
     convert_params(
         args.source,
@@ -181,45 +184,59 @@ def _convert(args: argparse.Namespace) -> None:
         log=_log,
     )
     print(f'Wrote {args.target}: {", ".join(sorted(path.name for path in args.target.iterdir()))}')
-    if not (args.target / PICTURE).exists():
-        _log("No picture of the gates: the network has none, or matplotlib is not there (pip install 'timm_atac[viz]')")
 
 
 def _push(args: argparse.Namespace) -> None:
-    from .hub import check, push
+    from .hub import check, check_token, push, resolve_repo
+    from .weights.folder import read_config
 
+    if args.model:
+        name = _check_published(args.model)
+    else:
+        from .card import name_of
+
+        name = name_of(read_config(args.folder))
+    repo = resolve_repo(args.repo, name)  # before there is a download
+    if not args.dry_run:
+        check_token()
     with tempfile.TemporaryDirectory() as made:
         folder = args.folder or _published(args.model, Path(made, 'folder'))
         _log(f'Checking {folder}')
-        package = check(folder, args.repo)
+        package = check(folder, repo)
         print(f'{package.name} -> {package.repo}{" (private, if it is new)" if args.private else ""}')
-        for name, size in package.files.items():
-            print(f'  {name:18} {size / 1e6:9.2f} MB')
+        for file, size in package.files.items():
+            print(f'  {file:18} {size / 1e6:9.2f} MB')
         print(f'  licence: {package.license or "none stated"}')
         if package.license_note:
             print(f'  {package.license_note}')
-        if package.license_note and not args.yes and not args.dry_run:
-            _ask(f'Upload weights that have no licence to {package.repo} all the same?')
         if args.dry_run:
             print('Nothing was pushed (--dry-run).')
             return
+        if package.license_note and not args.yes:
+            _ask(f'Upload weights that have no licence to {package.repo} all the same?')
+        _log(f'Pushing to {package.repo}')
         pushed = push(package, args.private)
         print(f'{"Pushed to" if pushed.changed else "Nothing has changed in"} {pushed.url}')
 
 
-def _published(name: str, folder: Path) -> Path:
-    """Download and convert the weights of a tag, from where they come from and not from the Hub."""
-    from timm.models import create_model
-
-    from .export import export
+def _check_published(name: str) -> str:
     from .published import PUBLISHED
 
     if name not in PUBLISHED:
         raise CliError(
             f'{name!r} has no published weights; {", ".join(PUBLISHED)} has. For others: convert, then push.'
         )
+    return name
+
+
+def _published(name: str, folder: Path) -> Path:
+    """Download and convert the weights of a tag, from where they come from and not from the Hub."""
+    from .export import export
+    from .open_atac import create
+    from .published import PUBLISHED
+
     _log(f'Loading {PUBLISHED[name].url}')
-    export(create_model(name, pretrained=True, pretrained_cfg_overlay={'hf_hub_id': ''}), folder)
+    export(create(name, pretrained=True, pretrained_cfg_overlay={'hf_hub_id': ''}), folder, log=_log)
     return folder
 
 
@@ -231,10 +248,10 @@ def _ask(question: str) -> None:
 
 
 def _card(args: argparse.Namespace) -> None:
-    from .atomic import replaced_file
-    from .card import config_folder, name_of, read_facts, render
-    from .export import CARD, PICTURE, draw, facts_of
-    from .weights.folder import load_folder, read_config
+    from .card import render
+    from .export import CARD, PICTURE, write_card
+    from .facts import config_folder, read_facts
+    from .weights.folder import read_config
 
     folder = Path(args.target)
     if not folder.is_dir():
@@ -245,18 +262,13 @@ def _card(args: argparse.Namespace) -> None:
             raise CliError('--image is for a folder, which has the weights.')
         print(render(read_config(tag_folder), read_facts(args.facts or tag_folder / 'card.yaml'), PICTURE), end='')
         return
-    config = read_config(folder)
-    own = args.facts or (folder / 'card.yaml' if (folder / 'card.yaml').exists() else None)
-    facts = read_facts(own) if own else facts_of(name_of(config))
-    credit = draw(load_folder(folder), folder / PICTURE, _open(args.image))
-    facts = {**facts, 'picture_credit': credit} if credit else facts
-    text = render(config, facts, PICTURE if (folder / PICTURE).exists() else None)
-    with replaced_file(folder / CARD) as file:
-        file.write(text.encode())
+    write_card(folder, read_facts(args.facts) if args.facts else None, _open(args.image), log=_log)
     print(f'Wrote {folder / CARD}')
 
 
 def _gates(args: argparse.Namespace) -> None:
+    if args.output.suffix.lower() != '.png' or args.output.is_dir():
+        raise CliError(f'-o {args.output}: expected the name of a PNG file.')
     from .viz import gates_picture
 
     image = _open(args.image)
@@ -271,15 +283,41 @@ def _gates(args: argparse.Namespace) -> None:
 
 
 def _create(args: argparse.Namespace) -> Any:
-    from .export import create
+    """The network to draw, with its weights."""
+    from .open_atac import create
 
+    if Path(args.model).is_dir():
+        raise CliError(f'{args.model} is a folder: say --model local-dir:{args.model}')
+    if args.checkpoint and not args.checkpoint.is_file():
+        raise CliError(f'{args.checkpoint} is no file.')
     pretrained = not args.untrained and args.checkpoint is None
-    kwargs = _model_kwargs(args.model_kwargs)
     try:
-        return create(args.model, pretrained=pretrained, checkpoint_path=args.checkpoint, **kwargs)
+        model = create(args.model, pretrained=pretrained, **_model_kwargs(args.model_kwargs))
     except ValueError as error:
-        hint = ' Give --checkpoint FILE, or --untrained.' if 'No pretrained weights' in str(error) else ''
+        hint = ' For other weights than the published: --checkpoint FILE, or --untrained.' if pretrained else ''
         raise CliError(f'{error}{hint}') from error
+    if args.checkpoint:
+        _load_checkpoint(model, args.checkpoint)
+    return model
+
+
+def _load_checkpoint(model: Any, path: Path) -> None:
+    """Weights in a format of timm's or of the authors'; nothing in them is run."""
+    from timm.models import load_checkpoint
+    from torch.serialization import safe_globals
+
+    from .weights.convert import to_state_dict
+    from .weights.params import is_params, read_params
+
+    if is_params(path):
+        model.load_state_dict(to_state_dict(read_params(path), model))
+        return
+    try:
+        with safe_globals([argparse.Namespace]):  # train.py's arguments
+            load_checkpoint(model, str(path), weights_only=True)
+    except Exception as error:
+        line = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CliError(f'{path} does not load into {type(model).__name__}: {line}') from error
 
 
 def _list(args: argparse.Namespace) -> None:
@@ -290,7 +328,7 @@ def _list(args: argparse.Namespace) -> None:
 
     rows = [('model', 'params', 'MACs', 'tags', 'weights')]
     for name in list_models(module=list(MODULES)):
-        if not fnmatch(name, args.pattern):
+        if not any(fnmatch(text, args.pattern) for text in (name, *(f'{name}.{tag}' for tag, _ in _tags(name)))):
             continue
         stats = profile(create_model(name, device='meta'))
         for tag, weights in _tags(name):
@@ -317,11 +355,17 @@ def _tags(name: str) -> list[tuple[str, str]]:
 
 def _model_kwargs(pairs: Sequence[str]) -> dict[str, Any]:
     """`key=value` as timm's scripts read them: a Python literal, or else text."""
-    kwargs = {}
+    if not pairs:
+        return {}
+    from .weights.folder import RESERVED
+
+    kwargs: dict[str, Any] = {}
     for pair in pairs:
         key, equals, value = pair.partition('=')
         if not equals or not key.isidentifier():
             raise CliError(f'--model-kwargs {pair!r}: expected KEY=VALUE.')
+        if key in RESERVED or key in ('device', 'dtype'):
+            raise CliError(f'--model-kwargs {pair!r}: {key} is no argument of the network itself.')
         try:
             kwargs[key] = ast.literal_eval(value)
         except (ValueError, SyntaxError):

@@ -94,17 +94,7 @@ def check(folder: str | Path, repo: str | None = None) -> Package:
         raise FolderError(f'{folder / CARD}: its front matter is not valid: {error}') from None
 
     name = name_of(config)
-    if repo is None:
-        if not HUB_ORG:
-            raise HubError('No repository given: say --repo OWNER/NAME, or set TIMM_ATAC_HUB_ORG.')
-        repo = f'{HUB_ORG}/{name}'
-    try:
-        validate_repo_id(repo)
-    except HFValidationError as error:
-        raise HubError(f'{repo!r} is no name of a repository: {_line(error)}') from None
-    if repo.count('/') != 1:
-        raise HubError(f'{repo!r} is no name of a repository: expected OWNER/NAME.')
-
+    repo = resolve_repo(repo, name)
     if not card.data.to_dict():
         raise FolderError(f'{folder / CARD} has no front matter; write it anew with `timm-atac card {folder}`.')
     names = [name for name in (CARD, CONFIG, WEIGHTS, PICTURE) if (folder / name).is_file()]
@@ -123,6 +113,39 @@ def check(folder: str | Path, repo: str | None = None) -> Package:
     )
 
 
+def resolve_repo(repo: str | None, name: str) -> str:
+    """The repository for a network.
+
+    Args:
+        repo: OWNER/NAME, None for that of the organisation that `TIMM_ATAC_HUB_ORG` names.
+        name: ARCH.TAG.
+
+    Raises:
+        HubError: It is missing, or no name of a repository.
+    """
+    if repo is None:
+        if not HUB_ORG:
+            raise HubError('No repository given: say --repo OWNER/NAME, or set TIMM_ATAC_HUB_ORG.')
+        repo = f'{HUB_ORG}/{name}'
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        raise HubError(f'{repo!r} is no name of a repository: {_line(error)}') from None
+    if repo.count('/') != 1:
+        raise HubError(f'{repo!r} is no name of a repository: expected OWNER/NAME.')
+    return repo
+
+
+def check_token() -> None:
+    """Make sure that there is a token for the Hub.
+
+    Raises:
+        HubError: There is none.
+    """
+    if not get_token():
+        raise HubError('No token for the Hub: run `hf auth login`, or set HF_TOKEN to a token with write access.')
+
+
 def push(package: Package, private: bool = False) -> Pushed:
     """Push a checked folder in one commit; without changes there is none.
 
@@ -133,9 +156,8 @@ def push(package: Package, private: bool = False) -> Pushed:
     Raises:
         HubError: No token, no right, no network, or the repository holds something else. The Hub is as it was.
     """
+    check_token()
     repo = package.repo
-    if not get_token():
-        raise HubError('No token for the Hub: run `hf auth login`, or set HF_TOKEN to a token with write access.')
     api = HfApi(library_name='timm_atac', library_version=__version__)
     with _explained(repo):
         is_new = not api.repo_exists(repo)
@@ -147,7 +169,8 @@ def push(package: Package, private: bool = False) -> Pushed:
             before = api.model_info(repo)
             operations = list(_operations(package, {file.rfilename for file in before.siblings or ()}))
             # not upload_folder: where hf_xet is installed, it is free to make several commits
-            commit = api.create_commit(repo, operations, commit_message=f'Upload {package.name}')
+            message = f'Upload {package.name}'
+            commit = api.create_commit(repo, operations, commit_message=message, parent_commit=before.sha)
         except BaseException:
             if is_new:
                 _remove_if_empty(api, repo)
@@ -177,11 +200,10 @@ def _check_repository(api: HfApi, package: Package, private: bool) -> None:
     found = None
     if CONFIG in files:
         with tempfile.TemporaryDirectory() as cache, suppress(FolderError):
-            found = read_config(Path(hf_hub_download(repo, CONFIG, cache_dir=cache)).parent)['architecture']
-    expected = read_config(package.folder)['architecture']
-    if found != expected:
+            found = name_of(read_config(Path(hf_hub_download(repo, CONFIG, cache_dir=cache)).parent))
+    if found != package.name:
         raise HubError(
-            f'{repo} is taken: it holds {found or "something else"}, not {expected}. '
+            f'{repo} is taken: it holds {found or "something else"}, not {package.name}. '
             f'Give another --repo, or remove it first.'
         )
 
@@ -206,6 +228,8 @@ def _explained(repo: str) -> Iterator[None]:
             if reason := _reason(cause, repo):
                 raise HubError(reason) from error
             cause = cause.__cause__
+        if 'Error while uploading' in str(error):  # of another kind than those
+            raise HubError(_broken(error.__cause__ or error)) from error
         raise
 
 
@@ -218,11 +242,16 @@ def _reason(error: BaseException, repo: str) -> str | None:
         return f'The Hub refuses the card: {_line(error)}'
     of_network = type(error).__module__.startswith(('httpx', 'httpcore', 'requests', 'urllib3'))
     if of_network or isinstance(error, (ConnectionError, TimeoutError)):
-        return (
-            f'{constants.ENDPOINT} cannot be reached or broke off ({_line(error)}). Nothing was pushed; '
-            f'check the network and HF_ENDPOINT, and try again.'
-        )
+        return _broken(error)
     return None
+
+
+def _broken(error: BaseException) -> str:
+    reason = _line(error) or type(error).__name__
+    return (
+        f'{constants.ENDPOINT} cannot be reached or broke off ({reason}). Nothing is half pushed: check the network '
+        f'and HF_ENDPOINT, and run it again.'
+    )
 
 
 def _of_status(error: HfHubHTTPError, repo: str) -> str:
@@ -239,7 +268,9 @@ def _of_status(error: HfHubHTTPError, repo: str) -> str:
         return f'{repo} is taken ({said}): give another --repo.'
     if status == 400:
         return f'The Hub refuses the files ({said}): see the front matter of {CARD}.'
-    return f'The Hub failed ({said}). Nothing was pushed; try again later.'
+    if status == 412:
+        return f'{repo} has been changed by somebody else meanwhile ({said}): run it again.'
+    return f'The Hub failed ({said}). Nothing is half pushed: run it again later.'
 
 
 def _line(error: Any) -> str:

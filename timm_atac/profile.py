@@ -45,7 +45,7 @@ def profile(model: nn.Module, input_size: tuple[int, int, int] | None = None) ->
     modes = {module: module.training for module in model.modules()}
     like = next(model.parameters())
     try:
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        with FlopCounterMode(display=False) as counter:
             model.eval()(torch.zeros(1, *size, device=like.device, dtype=like.dtype))
     finally:
         for hook in hooks:

@@ -46,20 +46,22 @@ def to_state_dict(
     fixed = {name: value for name, value in FIXED.items() if 'data_bn.running_mean' in names}
     expected |= {name: shapes['data_bn.running_mean'] for name in fixed}
 
-    problems = [f'missing: {name!r} {shape}' for name, shape in expected.items() if name not in arrays]
-    problems += [f'surplus: {name!r} {array.shape}' for name, array in arrays.items() if name not in expected]
+    missing = [f'missing: {name!r} {shape}' for name, shape in expected.items() if name not in arrays]
+    surplus = [f'surplus: {name!r} {array.shape}' for name, array in arrays.items() if name not in expected]
+    misfit = []
     for name, array in arrays.items():
         if name not in expected:
             continue
         if array.shape != expected[name] or array.dtype.name not in _FLOATS:
             wanted = f'{expected[name]} of {" or ".join(_FLOATS)}'
-            problems.append(f'misfit: {name!r} is {array.shape} of {array.dtype.name}, expected {wanted}')
+            misfit.append(f'misfit: {name!r} is {array.shape} of {array.dtype.name}, expected {wanted}')
         elif name in fixed and not (array == fixed[name]).all():
-            problems.append(f'misfit: {name!r} is not {fixed[name]:g} everywhere, and the data norm has no affine here')
-    if problems:
+            misfit.append(f'misfit: {name!r} is not {fixed[name]:g} everywhere, and the data norm has no affine here')
+    if missing or surplus or misfit:
         raise ConversionError(
             f'The {len(arrays)} arrays are not the {len(expected)} of this {type(model).__name__}; expected a file of '
-            f'the same architecture, trained with the same arguments:\n  ' + '\n  '.join(problems)
+            f'the same architecture, trained with the same arguments: {len(missing)} missing, {len(surplus)} surplus, '
+            f'{len(misfit)} misfit.\n  ' + '\n  '.join(missing + surplus + misfit)
         )
     return {ours: torch.from_numpy(arrays[theirs].astype(np.float32)) for ours, theirs in names.items()}
 

@@ -12,11 +12,14 @@ from timm.models import is_model, save_for_hf
 
 from .. import _timm
 
-__all__ = ['CONFIG', 'WEIGHTS', 'FolderError', 'load_folder', 'read_config', 'save_folder']
+__all__ = ['CONFIG', 'RESERVED', 'WEIGHTS', 'FolderError', 'load_folder', 'read_config', 'save_folder']
 
 CONFIG = 'config.json'
 WEIGHTS = 'model.safetensors'
-_LOADS = frozenset({'pretrained', 'checkpoint_path', 'pretrained_cfg', 'pretrained_cfg_overlay', 'cache_dir'})
+RESERVED = frozenset(
+    {'model_name', 'pretrained', 'checkpoint_path', 'pretrained_cfg', 'pretrained_cfg_overlay', 'cache_dir'}
+)
+"""Arguments of `timm.create_model` that are not the network's own: they would load something else."""
 
 
 class FolderError(ValueError):
@@ -65,6 +68,8 @@ def _describe(model: Any, config: dict[str, Any]) -> None:
     cfg['custom_load'] = False
     cfg['num_classes'] = config['num_classes'] = model.num_classes
     channels = cfg['input_size'][0] = _timm.input_size(model)[0]
+    if channels not in (1, 3):
+        cfg['first_conv'] = None  # timm before 1.0.31 would not know how to fit it, and put random numbers there
     for key in ('mean', 'std'):
         if len(cfg[key]) != channels:
             cfg[key] = [sum(cfg[key]) / len(cfg[key])] * channels
@@ -93,12 +98,24 @@ def read_config(folder: str | Path) -> dict[str, Any]:
         raise FolderError(
             f'{path}: the architecture is {architecture!r}, which timm {timm.__version__} with timm_atac does not know.'
         )
-    for key in ('pretrained_cfg', 'model_args'):
-        if not isinstance(config.get(key, {}), dict):
-            raise FolderError(f'{path}: {key} is {config[key]!r}, expected an object.')
-    if loads := _LOADS.intersection(config.get('model_args', {})):
-        raise FolderError(f'{path}: model_args has {", ".join(sorted(loads))}, which would load something else.')
+    for key, default in (('pretrained_cfg', None), ('model_args', {})):
+        if not isinstance(config.get(key, default), dict):
+            raise FolderError(f'{path}: {key} is {config.get(key)!r}, expected an object.')
+    if loads := _loads(config.get('model_args', {})):
+        raise FolderError(f'{path}: model_args has {", ".join(loads)}, which would load something else.')
     return config
+
+
+def _loads(args: Mapping[str, Any]) -> list[str]:
+    """What in arguments of a network, and of the host of an `atac_host`, would load other files."""
+    loads = sorted(RESERVED.intersection(args))
+    host = args.get('host')  # the name of a model, or a dict of that and its arguments
+    if isinstance(host, dict):
+        loads += _loads({name: value for name, value in host.items() if name != 'model_name'})
+        host = host.get('model_name')
+    if host is not None and not is_model(str(host).partition('.')[0]):
+        loads.append(f'the host {host!r}')
+    return loads
 
 
 def create_from_config(config: Mapping[str, Any], **kwargs: Any) -> Any:

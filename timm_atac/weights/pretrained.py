@@ -28,9 +28,11 @@ def load_pretrained(model: Any, path: str | os.PathLike[str]) -> None:
             not those of the network (`ConversionError`). The model stays as it was.
     """
     cfg = dict(model.pretrained_cfg)
-    check_published(path, f'{cfg.get("architecture")}.{cfg.get("tag")}')
     state_dict: dict[str, torch.Tensor]
-    if is_params(path):
+    in_authors_format = is_params(path)
+    if in_authors_format or not cfg.get('file'):
+        check_published(path, f'{cfg.get("architecture")}.{cfg.get("tag")}')
+    if in_authors_format:
         state_dict = to_state_dict(read_params(path), model, cfg['input_size'][0], cfg['num_classes'])
     else:  # `file` in the place of the cfg's: timm before 1.0.29 hands us any format
         state_dict = load_state_dict(str(path), weights_only=True)
