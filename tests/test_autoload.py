@@ -28,6 +28,20 @@ assert not {'atac', 'se_act', 'nin'} & {*create_act._ACT_LAYER_DEFAULT, *create_
 timm.create_model('test_resnet')
 print('timm alone')
 """
+# modules that somebody may import first, of each kind
+FIRST = (
+    '_register',
+    '_timm',
+    'atac_resnet',
+    'cli',
+    'complete',
+    'hub',
+    'layers',
+    'params',
+    'pretrained',
+    'replace',
+    'viz',
+)
 IMPORT_ORDERS = [
     'import torch',
     'import timm',
@@ -38,7 +52,11 @@ IMPORT_ORDERS = [
     'import timm, timm_atac',
     'from timm_atac import ATAC',
     'from timm_atac import *',
-    *(f'import {module.name}' for module in pkgutil.walk_packages(timm_atac.__path__, 'timm_atac.')),
+    *(
+        f'import {module.name}'
+        for module in pkgutil.walk_packages(timm_atac.__path__, 'timm_atac.')
+        if module.name.rpartition('.')[2] in FIRST
+    ),
 ]
 
 

@@ -80,7 +80,10 @@ def test_numbers_are_those_of_the_code(tag) -> None:
     assert f'  - GMACs: {stats.gmacs:.2f}\n' in card
     assert f'  - Activations (M): {stats.activations:.2f}\n' in card
     cfg: Any = timm.get_pretrained_cfg(tag)
-    assert f'Resize to 256 x 256, {cfg.interpolation}, then center crop of 224 x 224 (crop_pct {cfg.crop_pct})' in card
+    assert (
+        f'Resize the shorter side to 256, {cfg.interpolation}, then center crop of 224 x 224 (crop_pct {cfg.crop_pct})'
+        in card
+    )
     assert f'  - Mean: {", ".join(f"{value:.4f}" for value in cfg.mean)}\n' in card
     assert f'  - Standard deviation: {", ".join(f"{value:.4f}" for value in cfg.std)}\n' in card
 
@@ -223,7 +226,7 @@ def test_picture() -> None:
 @pytest.mark.parametrize(
     'text, message',
     [
-        ('licence: mit', 'licence is no fact of a card; expected description, license'),
+        ('licence: mit', 'licence is not a fact of a card; expected description, license'),
         ('[1, 2]', 'are a list, expected a mapping'),
         ('a: [', 'is not YAML'),
         ('description: [x]', r"description is \['x'\], expected a str"),

@@ -135,10 +135,13 @@ def test_round_trip(hub, run, digits, tmp_path) -> None:
     assert f'Nothing has changed in {hub.endpoint}/me/digits' in again.stdout
     assert len(hub.commits('me/digits')) == 2
 
-    # a card without its picture takes the old one with it
+    # a card without a picture takes the old one with it
     (folder / 'gates.png').unlink()
+    assert 'shows gates.png, which is not there' in error_of(run(PUSH, folder, '--repo', 'me/digits'))
+    text = (folder / 'README.md').read_text()
+    (folder / 'README.md').write_text(text.replace('](gates.png)', ']'))
     assert run(PUSH, folder, '--repo', 'me/digits').returncode == 0
-    assert hub.commits('me/digits')[2:] == [('Upload resnet8_cifar.digits', ['gates.png'])]
+    assert hub.commits('me/digits')[2:] == [('Upload resnet8_cifar.digits', ['README.md', 'gates.png'])]
 
 
 @pytest.mark.slow
@@ -166,7 +169,7 @@ def test_refusals(hub, run, folder) -> None:
     assert 'No token for the Hub: run `hf auth login`' in found[0]
     assert 'does not accept the token' in found[1] and 'HF_TOKEN' in found[1]
     assert "use one with write access to 'them'" in found[2]
-    assert "'me/a..b' is no name of a repository" in found[3]
+    assert "'me/a..b' is not the name of a repository" in found[3]
     assert 'expected OWNER/NAME' in found[4]
     assert 'say --repo OWNER/NAME, or set TIMM_ATAC_HUB_ORG' in found[5]
     (offline,) = errors((right, '--repo', 'me/net'), HF_HUB_OFFLINE='1')

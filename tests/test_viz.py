@@ -8,6 +8,7 @@ import torch
 import torch.nn as nn
 from PIL import Image
 
+import timm_atac
 from timm_atac import ATAC, LocalSE, NiN, SEActivation, replace_activations
 from timm_atac.plot import _layer
 from timm_atac.viz import gate_maps, gates_picture, plot_gates
@@ -360,6 +361,11 @@ def test_picture_of_a_model_of_five_channels(tmp_path) -> None:
     model = timm.create_model('atac_resnet8_cifar', in_chans=5)
     with pytest.raises(ValueError, match=r'takes images of 5 channels: expected 1 \(grey\) or 3 \(RGB\)'):
         gates_picture(model, photo(8, 8), tmp_path / 'gates.png')
+
+
+def test_by_attribute() -> None:
+    assert timm_atac.viz.gate_maps is gate_maps
+    assert 'viz' in dir(timm_atac)
 
 
 def test_without_matplotlib(tmp_path, monkeypatch) -> None:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from ._autoload import arm as _arm
 
 if TYPE_CHECKING:
+    from . import viz as viz
     from .atac_resnet import AtacResNet as AtacResNet
     from .cifar_resnet import CifarResNet as CifarResNet
     from .layers import ATAC as ATAC
@@ -31,10 +32,13 @@ _HOMES = {
     'replace_activations': 'replace',
     'write_params': 'weights.params',
 }
+_MODULES = ('viz',)
 __all__ = [*_HOMES, '__version__']
 
 
 def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return import_module(f'{__name__}.{name}')
     if name not in _HOMES:
         raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
     _arm()  # in case timm came by another way than the hook
@@ -42,7 +46,7 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOMES})
+    return sorted({*globals(), *_HOMES, *_MODULES})
 
 
 _arm()

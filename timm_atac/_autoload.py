@@ -17,7 +17,7 @@ from types import ModuleType
 from typing import Any
 
 _HOST = 'timm.models'
-_LIGHT = ('atomic', 'cli', 'published', 'weights', 'weights.params')  # need neither torch nor timm
+_LIGHT = ('atomic', 'cli', 'commands', 'published', 'weights', 'weights.params')  # need neither torch nor timm
 _done = False  # registered, or tried to
 _waiting: set[str] = set()  # modules of ours whose import waits for timm, and registers after it
 

@@ -50,10 +50,11 @@ def render(
     stats = profile(model)
     cfg = {**PretrainedCfg().to_dict(), **config['pretrained_cfg']}
     size = f'{stats.input_size[1]} x {stats.input_size[2]}'
-    resize = ' x '.join(str(math.floor(side / cfg['crop_pct'])) for side in stats.input_size[1:])
+    height, width = (math.floor(side / cfg['crop_pct']) for side in stats.input_size[1:])
+    resize = f'the shorter side to {height}' if height == width else f'to cover {height} x {width}'
     try:
         card = ModelCard.from_template(
-            _card_data(name_of(config), facts, model.num_classes),
+            _card_data(name_of(config), facts, model.num_classes, stats.input_size[0]),
             template_path=str(_TEMPLATE),
             name=name_of(config),
             facts=facts,
@@ -79,7 +80,7 @@ def render(
     return str(card).rstrip() + '\n'
 
 
-def _card_data(name: str, facts: Mapping[str, Any], num_classes: int) -> ModelCardData:
+def _card_data(name: str, facts: Mapping[str, Any], num_classes: int, channels: int) -> ModelCardData:
     results = [
         EvalResult(
             task_type='image-classification',
@@ -102,7 +103,7 @@ def _card_data(name: str, facts: Mapping[str, Any], num_classes: int) -> ModelCa
     return ModelCardData(
         library_name='timm',
         pipeline_tag=task,
-        tags=[task, 'timm', 'transformers', 'timm_atac', 'atac'],
+        tags=[task, 'timm', *(['transformers'] if channels == 3 else []), 'timm_atac', 'atac'],
         datasets=datasets or None,
         model_name=name if results else None,
         eval_results=results or None,

@@ -63,7 +63,7 @@ def write_card(
     image: Any = None,
     model: Any = None,
     log: Log = _silent,
-) -> None:
+) -> list[str]:
     """Write `README.md` and `card.yaml` of a folder anew, and the picture where there is none or `image` is given.
 
     Args:
@@ -72,6 +72,9 @@ def write_card(
         image: PIL image for the picture, None for matplotlib's sample.
         model: The network in the folder, None to load it if need be.
         log: Is told why there is no picture.
+
+    Returns:
+        The files that were written.
 
     Raises:
         CardError: A fact is not of its form. Nothing has changed.
@@ -84,11 +87,14 @@ def write_card(
         facts = read_facts(own) if own.exists() else facts_of(name_of(config))
     facts = check_facts(dict(facts))
     render(config, facts)  # before anything is changed
+    written = [CARD, FACTS]
     if image is not None or not (folder / PICTURE).exists():
         why_not = _draw(model or load_folder(folder), folder / PICTURE, image)
         if why_not:
             log(f'No picture of the gates: {why_not}')
-        elif image is None:
+        else:
+            written.append(PICTURE)
+        if image is None and not why_not:
             facts['picture_credit'] = _CREDIT
         elif facts.get('picture_credit') == _CREDIT:
             del facts['picture_credit']
@@ -97,6 +103,7 @@ def write_card(
         file.write(yaml.safe_dump(facts, sort_keys=False, allow_unicode=True).encode())
     with replaced_file(folder / CARD) as file:
         file.write(render(config, facts, picture).encode())
+    return written
 
 
 def facts_of(name: str) -> dict[str, Any]:

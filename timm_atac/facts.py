@@ -93,7 +93,7 @@ def check_facts(facts: Any) -> dict[str, Any]:
     facts = {name: value for name, value in facts.items() if value is not None}
     for name, value in facts.items():
         if name not in _FACTS:
-            raise CardError(f'{name} is no fact of a card; expected {", ".join(_FACTS)}.')
+            raise CardError(f'{name} is not a fact of a card; expected {", ".join(_FACTS)}.')
         if not isinstance(value, _FACTS[name][0]):
             raise CardError(f'{name} is {value!r}, expected a {_FACTS[name][0].__name__}.')
     for path, parts in _PARTS.items():

@@ -86,10 +86,10 @@ def check(folder: str | Path, repo: str | None = None) -> Package:
             f'{folder / CONFIG}: the architecture is {config["architecture"]!r} without a unit of timm_atac; '
             f"timm's own push_to_hf_hub is for that."
         )
+    if not (folder / CARD).is_file():
+        raise FolderError(f'{folder} has no {CARD}; write it with `timm-atac card {folder}`.')
     try:
         card = ModelCard.load(folder / CARD)
-    except OSError:
-        raise FolderError(f'{folder} has no {CARD}; write one with `timm-atac card {folder}`.') from None
     except ValueError as error:
         raise FolderError(f'{folder / CARD}: its front matter is not valid: {error}') from None
 
@@ -97,6 +97,10 @@ def check(folder: str | Path, repo: str | None = None) -> Package:
     repo = resolve_repo(repo, name)
     if not card.data.to_dict():
         raise FolderError(f'{folder / CARD} has no front matter; write it anew with `timm-atac card {folder}`.')
+    if f']({PICTURE})' in card.content and not (folder / PICTURE).is_file():
+        raise FolderError(
+            f'{folder / CARD} shows {PICTURE}, which is not there; draw it with `timm-atac card {folder}`.'
+        )
     names = [name for name in (CARD, CONFIG, WEIGHTS, PICTURE) if (folder / name).is_file()]
     license = card.data.get('license_name') or card.data.get('license')
     license_note = None
@@ -130,9 +134,9 @@ def resolve_repo(repo: str | None, name: str) -> str:
     try:
         validate_repo_id(repo)
     except HFValidationError as error:
-        raise HubError(f'{repo!r} is no name of a repository: {_line(error)}') from None
+        raise HubError(f'{repo!r} is not the name of a repository: {_line(error)}') from None
     if repo.count('/') != 1:
-        raise HubError(f'{repo!r} is no name of a repository: expected OWNER/NAME.')
+        raise HubError(f'{repo!r} is not the name of a repository: expected OWNER/NAME.')
     return repo
 
 

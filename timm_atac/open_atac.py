@@ -49,6 +49,9 @@ def convert_params(
     if architecture not in theirs:
         similar = get_close_matches(architecture, theirs, n=2) or theirs
         raise ValueError(f"{architecture!r} is none of the authors' networks; expected {' or '.join(similar)}.")
+    tag = name.partition('.')[2]
+    if name not in PUBLISHED and tag in {published.partition('.')[2] for published in PUBLISHED}:
+        raise ValueError(f'the tag {tag!r} is that of {" and ".join(PUBLISHED)}; give another, or none.')
     if name in PUBLISHED:
         log(f'Checking the git blob id of {path}')
         check_published(path, name)

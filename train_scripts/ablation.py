@@ -404,6 +404,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f'\n{table(rows)}\n\nRows: {output / "ablation.csv"}')
         plot(rows, output / 'ablation.png')
         print(f'Plot: {output / "ablation.png"}')
+        if args.export:
+            print(f'Networks: {output}/*_b*_seed*')
     return 130 if interrupted else 0
 
 

@@ -33,7 +33,7 @@ _NONE.flags.writeable = False
 
 
 class ParamsError(ValueError):
-    """A file that is no whole and valid `.params` file.
+    """A file that is not a whole and valid `.params` file.
 
     Attributes:
         path: The file.
@@ -46,7 +46,7 @@ class ParamsError(ValueError):
         self.path, self.offset, self.reason = path, offset, reason
 
     def __str__(self) -> str:
-        return f'{self.path}: no valid .params file: {self.reason}, at byte {self.offset}.'
+        return f'{self.path}: not a valid .params file: {self.reason}, at byte {self.offset}.'
 
 
 def read_params(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
