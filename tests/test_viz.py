@@ -224,17 +224,17 @@ def test_a_compiled_model(small) -> None:
 @pytest.mark.parametrize(
     'model, shape, message',
     [
-        (nn.Conv2d(3, 3, 1), (1, 3, 8, 8), 'Conv2d has no unit with a gate .* timm_atac.replace_activations'),
-        (NiN(3), (1, 3, 8, 8), 'NiN has no unit with a gate'),
-        (ATAC(3, gate_layer=None), (1, 3, 8, 8), 'ATAC has no unit with a gate'),
-        (LocalSE(3), (3, 8, 8), r'x of shape \(3, 8, 8\): expected images \(B, C, H, W\)'),
-        (LocalSE(3), (0, 3, 8, 8), r'x of shape \(0, 3, 8, 8\): expected .* at least one'),
-        (ATAC(), (1, 3, 8, 8), 'created without `channels`'),
+        (lambda: nn.Conv2d(3, 3, 1), (1, 3, 8, 8), 'Conv2d has no unit with a gate .* timm_atac.replace_activations'),
+        (lambda: NiN(3), (1, 3, 8, 8), 'NiN has no unit with a gate'),
+        (lambda: ATAC(3, gate_layer=None), (1, 3, 8, 8), 'ATAC has no unit with a gate'),
+        (lambda: LocalSE(3), (3, 8, 8), r'x of shape \(3, 8, 8\): expected images \(B, C, H, W\)'),
+        (lambda: LocalSE(3), (0, 3, 8, 8), r'x of shape \(0, 3, 8, 8\): expected .* at least one'),
+        (ATAC, (1, 3, 8, 8), 'created without `channels`'),
     ],
 )
 def test_errors(model, shape, message) -> None:
     with pytest.raises(ValueError, match=message):
-        gate_maps(model, torch.zeros(shape))
+        gate_maps(model(), torch.zeros(shape))
 
 
 def test_error_if_none_is_called() -> None:
