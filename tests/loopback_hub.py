@@ -8,26 +8,23 @@ It knows models with one branch, and answers as the Hub does as far as `huggingf
 codes and messages. `hub.fail` makes it fail. It has no Xet storage and no pull requests: 501 is what it doesn't know.
 """
 
-import base64
 import json
 import os
 import re
 import secrets
 import sys
 import threading
-from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
-from functools import cached_property
-from hashlib import sha1, sha256
+from hashlib import sha256
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from socket import SHUT_RDWR
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
-import yaml  # type: ignore[import-untyped]
+from hub_cards import card_errors, card_metadata
+from hub_store import LFS_SUFFIXES, Commit, File, HubError, Repository, commit_line, listing
 
 REPO = r'(?P<repo>[^/]+(?:/[^/]+)?)'
 REV = r'(?P<revision>[^/]+)'
@@ -46,29 +43,8 @@ ROUTES = (  # method, path, endpoint: a method of Handler, and a key of Failures
     ('GET', rf'/api/models/{REPO}(?:/revision/{REV})?', 'info'),
     ('GET HEAD', rf'/{REPO}/resolve/{REV}/(?P<path>.+)', 'resolve'),
 )
-LFS_SUFFIXES = ('.bin', '.ckpt', '.h5', '.onnx', '.png', '.pt', '.pth', '.safetensors')
 LFS_SIZE = 10 * 1024 * 1024  # a larger file of any name
 CHUNK = 64 * 1024
-RESULT = {'task': {'type': str}, 'dataset': {'type': str, 'name': str}, 'metrics': [{'type': str, 'value': object}]}
-CARD = {  # what these keys of a README.md's metadata have to be, if they are there
-    'model-index': [{'name': str, 'results': [RESULT]}],
-    'tags': [str],
-    'library_name': str,
-    'license_name': str,
-    'license_link': str,
-    'pipeline_tag': str,
-}
-ARTICLES = {str: 'a string', list: 'an array', dict: 'of type object'}
-LICENSES = """
-    afl-3.0 agpl-3.0 apache-2.0 apple-amlr apple-ascl artistic-2.0 bigcode-openrail-m bigscience-bloom-rail-1.0
-    bigscience-openrail-m bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear bsl-1.0 c-uda cc cc-by-2.0 cc-by-2.5
-    cc-by-3.0 cc-by-4.0 cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0 cc-by-nc-nd-3.0 cc-by-nc-nd-4.0 cc-by-nc-sa-2.0
-    cc-by-nc-sa-3.0 cc-by-nc-sa-4.0 cc-by-nd-4.0 cc-by-sa-3.0 cc-by-sa-4.0 cc0-1.0 cdla-permissive-1.0
-    cdla-permissive-2.0 cdla-sharing-1.0 creativeml-openrail-m deepfloyd-if-license ecl-2.0 epl-1.0 epl-2.0 etalab-2.0
-    eupl-1.1 eupl-1.2 fair-noncommercial-research-license gemma gfdl gpl gpl-2.0 gpl-3.0 h-research intel-research isc
-    lgpl lgpl-2.1 lgpl-3.0 lgpl-lr llama2 llama3 llama3.1 llama3.2 llama3.3 llama4 lppl-1.3c mit mpl-2.0 ms-pl ncsa
-    odbl odc-by ofl-1.1 openmdw-1.0 openrail openrail++ osl-3.0 other pddl postgresql unknown unlicense wtfpl zlib
-""".split()
 
 
 @dataclass
@@ -83,159 +59,6 @@ class Failures:
 
 class ConnectionDropped(Exception):
     """There is no answer."""
-
-
-class HubError(Exception):
-    """An answer that isn't a success: its status, its message and, where the Hub has one, its `X-Error-Code`."""
-
-    def __init__(
-        self, status: int, message: str, code: str = '', headers: dict[str, str] | None = None, **body: Any
-    ) -> None:
-        super().__init__(message)
-        self.status, self.body = status, {'error': message, **body}
-        line = ' '.join(message.split()).encode('ascii', 'replace').decode()  # a header has one line
-        self.headers = {'X-Error-Message': line} | ({'X-Error-Code': code} if code else {}) | (headers or {})
-
-
-@dataclass(frozen=True)
-class File:
-    data: bytes
-    lfs: bool = False
-
-    @cached_property
-    def sha256(self) -> str:
-        return sha256(self.data).hexdigest()
-
-    @cached_property
-    def pointer(self) -> bytes:
-        return f'version https://git-lfs.github.com/spec/v1\noid sha256:{self.sha256}\nsize {len(self.data)}\n'.encode()
-
-    @cached_property
-    def blob(self) -> str:
-        content = self.pointer if self.lfs else self.data
-        return sha1(b'blob %d\0' % len(content) + content).hexdigest()
-
-    @property
-    def etag(self) -> str:
-        return self.sha256 if self.lfs else self.blob
-
-    def entry(self, path: str) -> dict[str, Any]:
-        size = len(self.data)
-        lfs = {'oid': self.sha256, 'sha256': self.sha256, 'size': size, 'pointerSize': len(self.pointer)}
-        return {'type': 'file', 'oid': self.blob, 'size': size, 'path': path} | ({'lfs': lfs} if self.lfs else {})
-
-
-@dataclass(frozen=True)
-class Commit:
-    message: str
-    files: dict[str, File]
-    parent: 'Commit | None' = None
-    date: str = field(default_factory=lambda: datetime.now(timezone.utc).strftime('%Y-%m-%dT%H:%M:%S.000Z'))
-
-    @cached_property
-    def oid(self) -> str:
-        tree = sorted((path, file.blob) for path, file in self.files.items())
-        return sha1(repr((self.message, self.date, tree, self.parent and self.parent.oid)).encode()).hexdigest()
-
-    @property
-    def changed(self) -> list[str]:
-        before = self.parent.files if self.parent else {}
-        return sorted(path for path in {*before, *self.files} if before.get(path) != self.files.get(path))
-
-
-@dataclass
-class Repository:
-    name: str
-    private: bool
-    history: list[Commit]
-    objects: dict[str, bytes] = field(default_factory=dict)  # the large file storage, by sha256
-
-    @classmethod
-    def new(cls, name: str, private: bool) -> 'Repository':
-        attributes = ''.join(f'*{suffix} filter=lfs diff=lfs merge=lfs -text\n' for suffix in LFS_SUFFIXES)
-        return cls(name, private, [Commit('initial commit', {'.gitattributes': File(attributes.encode())})])
-
-    def at(self, revision: str) -> Commit:
-        if revision in ('', 'main', 'refs/heads/main'):
-            return self.history[-1]
-        for commit in self.history:
-            if commit.oid == revision:
-                return commit
-        raise HubError(404, f'Invalid rev id: {revision}', 'RevisionNotFound')
-
-
-def commit_line(line: dict[str, Any], files: dict[str, File], objects: dict[str, bytes]) -> None:
-    """Apply a line of a commit to its files."""
-    key, value = line['key'], line['value']
-    path = value['path'].rstrip('/')
-    if any(part in ('', '.', '..', '.git') for part in path.split('/')):
-        raise HubError(400, f'Invalid path: {path}')
-    if key == 'file':
-        files[path] = File(base64.b64decode(value['content']))
-    elif key == 'lfsFile':
-        if value['oid'] not in objects:
-            raise HubError(
-                400, f'Your push was rejected: the LFS pointer of {path} points to a file that does not exist'
-            )
-        files[path] = File(objects[value['oid']], lfs=True)
-    elif key in ('deletedFile', 'deletedFolder'):
-        gone = [name for name in files if name == path or (key == 'deletedFolder' and name.startswith(f'{path}/'))]
-        if not gone:
-            raise HubError(404, "A file with this name doesn't exist", 'EntryNotFound')
-        for name in gone:
-            del files[name]
-    else:
-        raise HubError(400, f'Invalid key: {key}')
-
-
-def listing(files: dict[str, File]) -> dict[str, dict[str, Any]]:
-    """Every file and directory, by path, as the Hub describes it."""
-    entries = {}
-    for path, file in sorted(files.items()):
-        for parent in map(str, list(PurePosixPath(path).parents)[-2::-1]):
-            entries[parent] = {'type': 'directory', 'oid': sha1(parent.encode()).hexdigest(), 'size': 0, 'path': parent}
-        entries[path] = file.entry(path)
-    return entries
-
-
-def card_metadata(card: str) -> Any:
-    """What a README.md has between its `---` lines, None without any; an error of PyYAML's."""
-    found = re.match(r'\s*---[ \t]*\r?\n(.*?)^---[ \t]*\r?$', card, re.DOTALL | re.MULTILINE)
-    return yaml.safe_load(found[1]) if found else None
-
-
-def card_errors(card: str) -> list[str]:
-    try:
-        metadata = card_metadata(card)
-    except yaml.YAMLError as error:
-        return [f'bad yaml: {error}']
-    if metadata is None:
-        return []
-    if not isinstance(metadata, dict):
-        return ['"metadata" must be of type object']
-    errors = [error for key in CARD if key in metadata for error in mismatches(metadata[key], CARD[key], key)]
-    licenses = metadata.get('license', [])
-    licenses = licenses if isinstance(licenses, list) else [licenses]
-    if not all(isinstance(name, str) and name in LICENSES for name in licenses):
-        errors.append(f'"license" must be one of [{", ".join(LICENSES)}]')
-    if 'other' in licenses and 'license_name' not in metadata:
-        errors.append('"license_name" is required')
-    return errors
-
-
-def mismatches(value: Any, schema: Any, at: str) -> Iterable[str]:
-    """Where a value isn't of a schema: a type, a list of one schema, or a dictionary of required keys."""
-    kind: Any = schema if isinstance(schema, type) else type(schema)
-    if value is None:
-        yield f'"{at}" is required'
-    elif not isinstance(value, kind):
-        yield f'"{at}" must be {ARTICLES[kind]}'
-    elif kind is list:
-        for i, item in enumerate(value):
-            yield from mismatches(item, schema[0], f'{at}[{i}]')
-    elif kind is dict:
-        for key in schema:
-            yield from mismatches(value.get(key), schema[key], f'{at}.{key}')
 
 
 def byte_range(header: str, size: int) -> tuple[int, int]:

@@ -12,8 +12,9 @@ import pytest
 import timm
 import torch
 import yaml
+from hub_cards import card_errors
 from huggingface_hub import ModelCard
-from loopback_hub import LoopbackHub, card_errors
+from loopback_hub import LoopbackHub
 from PIL import Image
 
 from timm_atac.card import name_of, render

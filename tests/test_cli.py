@@ -250,7 +250,7 @@ def test_gates(run) -> None:
     fails(gates('atac_resnet18', '--model-kwargs', 'checkpoint_path=x'), 'is not an argument of the network itself')
     fails(
         run('gates', 'red.png', '--model', 'atac_resnet18'),
-        'has no published weights: give --checkpoint FILE, or --untrained',
+        'elsewhere: --checkpoint FILE; for random ones: --untrained',
     )
     fails(gates('resnet8_cifar', '--untrained'), 'has no unit with a gate')
     fails(gates('atac_resnet9'), "timm knows no model 'atac_resnet9'")

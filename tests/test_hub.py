@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import timm
 import torch
-from loopback_hub import Failures, File, LoopbackHub
+from hub_store import File
+from loopback_hub import Failures, LoopbackHub
 from safetensors.torch import load_file, save_file
 
 from timm_atac.export import export

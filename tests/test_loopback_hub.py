@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from loopback_hub import Failures, LoopbackHub, card_errors
+from hub_cards import card_errors
+from loopback_hub import Failures, LoopbackHub
 
 CARD = """---
 license: apache-2.0

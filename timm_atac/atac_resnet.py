@@ -50,7 +50,7 @@ class _StageBlock(partial):
 _UNIT_BLOCKS: dict[type, type] = {BasicBlock: AtacBasicBlock, Bottleneck: AtacBottleneck}
 
 
-class AtacResNet(ResNet):
+class AtacResNet(published.OpenAtacWeights, ResNet):
     """timm's ResNet whose blocks have ATAC for the activations inside the residual branch, in chosen stages.
 
     The stem's activation and the one after each addition are ReLUs.
@@ -93,21 +93,6 @@ class AtacResNet(ResNet):
     def init_weights(self, zero_init_last: bool = True) -> None:
         """Initialise as the authors do; `zero_init_last` makes each block start as the identity."""
         init_weights(self, zero_init_last)
-
-    @torch.jit.ignore
-    def load_pretrained(self, checkpoint_path: str, prefix: str = '') -> None:
-        """Load a `.params` file of the authors': timm calls it for a pretrained cfg with `custom_load`.
-
-        Args:
-            checkpoint_path: The file.
-            prefix: Of timm's signature, without a meaning here.
-
-        Raises:
-            ValueError: As `timm_atac.weights.pretrained.load_pretrained`; the model stays as it was.
-        """
-        from .weights.pretrained import load_pretrained  # models know nothing of weights until some are asked for
-
-        load_pretrained(self, checkpoint_path)
 
 
 def _create_atac_resnet(variant: str, pretrained: bool = False, **kwargs) -> AtacResNet:

@@ -19,6 +19,7 @@ from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_c
 from ._timm import feature_take_indices
 from .layers import LocalSE
 from .placement import check_stages, create_activation, init_weights
+from .published import OpenAtacWeights
 
 __all__ = ['CifarResNet', 'PreActBasicBlock']
 
@@ -86,7 +87,7 @@ class PreActBasicBlock(nn.Module):
         return x + shortcut
 
 
-class CifarResNet(nn.Module):
+class CifarResNet(OpenAtacWeights, nn.Module):
     """Pre-activation ResNet for 32x32 images: (B, in_chans, 32, 32) -> (B, num_classes).
 
     A data norm without affine, a 3x3 convolution, three stages of strides 1, 2, 2, norm, activation, average pool and
@@ -187,21 +188,6 @@ class CifarResNet(nn.Module):
     def init_weights(self, zero_init_last: bool = False) -> None:
         """Initialise as the authors do; `zero_init_last` makes each block start as its shortcut."""
         init_weights(self, zero_init_last)
-
-    @torch.jit.ignore
-    def load_pretrained(self, checkpoint_path: str, prefix: str = '') -> None:
-        """Load a `.params` file of the authors': timm calls it for a pretrained cfg with `custom_load`.
-
-        Args:
-            checkpoint_path: The file.
-            prefix: Of timm's signature, without a meaning here.
-
-        Raises:
-            ValueError: As `timm_atac.weights.pretrained.load_pretrained`; the model stays as it was.
-        """
-        from .weights.pretrained import load_pretrained  # models know nothing of weights until some are asked for
-
-        load_pretrained(self, checkpoint_path)
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:

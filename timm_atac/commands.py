@@ -160,7 +160,7 @@ def _create(args: argparse.Namespace) -> Any:
     pretrained = not args.untrained and args.checkpoint is None
     kwargs = _model_kwargs(args.model_kwargs)
     if ':' not in args.model:
-        _check_model(args.model, kwargs, pretrained)
+        _check_model(args.model, kwargs)
     try:
         model = create(args.model, pretrained=pretrained, **kwargs)
     except ValueError as error:
@@ -171,9 +171,9 @@ def _create(args: argparse.Namespace) -> Any:
     return model
 
 
-def _check_model(name: str, kwargs: dict[str, Any], pretrained: bool) -> None:
+def _check_model(name: str, kwargs: dict[str, Any]) -> None:
     """Whether there can be a picture, before there is a download."""
-    from timm.models import get_pretrained_cfg, is_model
+    from timm.models import is_model
 
     from .open_atac import create
     from .viz import gated_units
@@ -182,9 +182,6 @@ def _check_model(name: str, kwargs: dict[str, Any], pretrained: bool) -> None:
         raise CliError(f'timm knows no model {name!r}; see `timm-atac list`.')
     if not gated_units(create(name, device='meta', **kwargs)):
         raise CliError(f'{name} has no unit with a gate; timm gives its models some by --model-kwargs act_layer=atac.')
-    cfg = get_pretrained_cfg(name)
-    if pretrained and not (cfg and cfg.has_weights):
-        raise CliError(f'{name} has no published weights: give --checkpoint FILE, or --untrained.')
 
 
 def _load_checkpoint(model: Any, path: Path) -> None:

@@ -1,9 +1,9 @@
-"""Which tags have weights, and where they are: the authors' files, and our repositories on the Hugging Face Hub."""
+"""Which tags have weights, where those are (the authors' files, our repositories on the Hub), and how they come in."""
 
 import os
 from typing import Any, NamedTuple
 
-__all__ = ['HUB_ORG', 'PUBLISHED', 'Published', 'source']
+__all__ = ['HUB_ORG', 'PUBLISHED', 'OpenAtacWeights', 'Published', 'source']
 
 HUB_ORG = os.environ.get('TIMM_ATAC_HUB_ORG', '').strip()
 """Owner of the repositories `HUB_ORG/ARCH.TAG` on the Hub, '' while there are none; read when timm is imported."""
@@ -39,3 +39,21 @@ def source(name: str) -> dict[str, Any]:
     """
     fields = {'url': PUBLISHED[name].url, 'custom_load': True, 'origin_url': _OPEN_ATAC}
     return {**fields, 'hf_hub_id': f'{HUB_ORG}/{name}'} if HUB_ORG else fields
+
+
+class OpenAtacWeights:
+    """What networks of the authors' have for timm: the way in for weights in their format."""
+
+    def load_pretrained(self, checkpoint_path: str, prefix: str = '') -> None:
+        """Load a `.params` file of the authors': timm calls it for a pretrained cfg with `custom_load`.
+
+        Args:
+            checkpoint_path: The file.
+            prefix: Of timm's signature, without a meaning here.
+
+        Raises:
+            ValueError: As `timm_atac.weights.pretrained.load_pretrained`; the model stays as it was.
+        """
+        from .weights.pretrained import load_pretrained  # models know nothing of weights until some are asked for
+
+        load_pretrained(self, checkpoint_path)

@@ -23,16 +23,13 @@ import timm
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from digits import NUM_TRAIN, load_digits, write_folder
 from timm.layers import get_act_layer
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import AverageMeter, accuracy, get_outdir, random_seed
 from torch.utils.data import DataLoader, TensorDataset
-from torchvision import transforms
 from tqdm import tqdm
-
-NUM_TRAIN = 1000
-SPLIT_SEED = 0  # the same split for every run
 
 # The five of the paper: name in the table, arguments of the model. Any other activation of timm goes by its own name.
 ACTIVATIONS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -171,25 +168,15 @@ def device(text: str) -> torch.device:
         raise argparse.ArgumentTypeError(f'{text!r} cannot be used: {str(error).splitlines()[0]}') from None
 
 
-def load_digits(size: int, device: torch.device) -> tuple[TensorDataset, TensorDataset]:
-    """The digits as (N, 1, size, size) in 0..1 with labels, split into training and test set."""
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    images = torch.from_numpy(digits.images).float().unsqueeze(1) / 16
-    images = F.interpolate(images, size=(size, size), mode='bilinear', align_corners=False)
-    labels = torch.from_numpy(digits.target).long()
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(SPLIT_SEED))
-    train, test = order[:NUM_TRAIN], order[NUM_TRAIN:]
-    images, labels = images.to(device), labels.to(device)
-    return TensorDataset(images[train], labels[train]), TensorDataset(images[test], labels[test])
+def model_args(activation: str) -> dict[str, Any]:
+    _, kwargs = ACTIVATIONS.get(activation, (activation, dict(act_layer=activation)))
+    return kwargs
 
 
 def create_model(activation: str, blocks: int, size: int = 16) -> nn.Module:
-    _, kwargs = ACTIVATIONS.get(activation, (activation, dict(act_layer=activation)))
     # as the images of `load_digits` are: grey, in 0..1, whole
     cfg = dict(tag='digits', input_size=(1, size, size), mean=(0.0,), std=(1.0,), pool_size=None)
-    return timm.create_model(f'resnet{6 * blocks + 2}_cifar', pretrained_cfg_overlay=cfg, **kwargs)
+    return timm.create_model(f'resnet{6 * blocks + 2}_cifar', pretrained_cfg_overlay=cfg, **model_args(activation))
 
 
 def train(
@@ -246,44 +233,23 @@ def train(
         seconds=round(time.perf_counter() - start, 1),
     )
     if folder is not None:
-        write_folder(model, row, test_set, args, folder)
+        write_folder(
+            model.cpu(),
+            folder,
+            network=f'with b = {blocks} and {label(activation)}',
+            model_args=model_args(activation),
+            accuracy=row.accuracy,
+            source=f'train_scripts/ablation.py of timm_atac, seed {seed}',
+            hyperparameters={
+                'optimizer': 'SGD with momentum 0.9',
+                'learning rate': f'{args.lr:g}, a warm-up epoch, then cosine',
+                'weight decay': f'{args.weight_decay:g}',
+                'epochs': args.epochs,
+                'batch size': args.batch_size,
+            },
+            test_images=test_set.tensors[0],
+        )
     return row
-
-
-def write_folder(model: nn.Module, row: Row, test_set: TensorDataset, args, folder: Path) -> None:
-    """The network as a folder in the format of the Hugging Face Hub."""
-    from timm_atac.export import export
-
-    digits = 'https://scikit-learn.org/stable/modules/generated/sklearn.datasets.load_digits.html'
-    script = f'train_scripts/ablation.py of timm_atac, seed {row.seed}'
-    facts = {
-        'description': (
-            f'The CIFAR network of "Attention as Activation" with b = {row.blocks} and {label(row.activation)}, '
-            f'trained on handwritten digits: the ablation of the paper in miniature.'
-        ),
-        'license': 'apache-2.0',
-        'datasets': [{'name': f"scikit-learn's digits ({digits}), scaled to {args.size} x {args.size}"}],
-        'results': [
-            {
-                'dataset': 'Digits',
-                'id': 'digits',
-                'split': f'test ({len(test_set)} images)',
-                'metrics': {'top-1 accuracy': row.accuracy},
-                'source': {'name': script, 'url': digits},
-            }
-        ],
-        'hyperparameters': {
-            'optimizer': 'SGD with momentum 0.9',
-            'learning rate': f'{args.lr:g}, a warm-up epoch, then cosine',
-            'weight decay': f'{args.weight_decay:g}',
-            'epochs': row.epochs,
-            'batch size': args.batch_size,
-        },
-        'picture_credit': 'the image is one of the test set',
-    }
-    image = transforms.functional.to_pil_image(test_set.tensors[0][0].cpu())
-    _, kwargs = ACTIVATIONS.get(row.activation, (row.activation, dict(act_layer=row.activation)))
-    export(model.cpu(), folder, facts, image, kwargs, {'label_names': [str(digit) for digit in range(10)]})
 
 
 @torch.inference_mode()

@@ -1,0 +1,68 @@
+"""What the Hub checks in the metadata of a model card."""
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+import yaml  # type: ignore[import-untyped]
+
+RESULT = {'task': {'type': str}, 'dataset': {'type': str, 'name': str}, 'metrics': [{'type': str, 'value': object}]}
+CARD = {  # what these keys of a README.md's metadata have to be, if they are there
+    'model-index': [{'name': str, 'results': [RESULT]}],
+    'tags': [str],
+    'library_name': str,
+    'license_name': str,
+    'license_link': str,
+    'pipeline_tag': str,
+}
+ARTICLES = {str: 'a string', list: 'an array', dict: 'of type object'}
+LICENSES = """
+    afl-3.0 agpl-3.0 apache-2.0 apple-amlr apple-ascl artistic-2.0 bigcode-openrail-m bigscience-bloom-rail-1.0
+    bigscience-openrail-m bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear bsl-1.0 c-uda cc cc-by-2.0 cc-by-2.5
+    cc-by-3.0 cc-by-4.0 cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0 cc-by-nc-nd-3.0 cc-by-nc-nd-4.0 cc-by-nc-sa-2.0
+    cc-by-nc-sa-3.0 cc-by-nc-sa-4.0 cc-by-nd-4.0 cc-by-sa-3.0 cc-by-sa-4.0 cc0-1.0 cdla-permissive-1.0
+    cdla-permissive-2.0 cdla-sharing-1.0 creativeml-openrail-m deepfloyd-if-license ecl-2.0 epl-1.0 epl-2.0 etalab-2.0
+    eupl-1.1 eupl-1.2 fair-noncommercial-research-license gemma gfdl gpl gpl-2.0 gpl-3.0 h-research intel-research isc
+    lgpl lgpl-2.1 lgpl-3.0 lgpl-lr llama2 llama3 llama3.1 llama3.2 llama3.3 llama4 lppl-1.3c mit mpl-2.0 ms-pl ncsa
+    odbl odc-by ofl-1.1 openmdw-1.0 openrail openrail++ osl-3.0 other pddl postgresql unknown unlicense wtfpl zlib
+""".split()
+
+
+def card_metadata(card: str) -> Any:
+    """What a README.md has between its `---` lines, None without any; an error of PyYAML's."""
+    found = re.match(r'\s*---[ \t]*\r?\n(.*?)^---[ \t]*\r?$', card, re.DOTALL | re.MULTILINE)
+    return yaml.safe_load(found[1]) if found else None
+
+
+def card_errors(card: str) -> list[str]:
+    try:
+        metadata = card_metadata(card)
+    except yaml.YAMLError as error:
+        return [f'bad yaml: {error}']
+    if metadata is None:
+        return []
+    if not isinstance(metadata, dict):
+        return ['"metadata" must be of type object']
+    errors = [error for key in CARD if key in metadata for error in mismatches(metadata[key], CARD[key], key)]
+    licenses = metadata.get('license', [])
+    licenses = licenses if isinstance(licenses, list) else [licenses]
+    if not all(isinstance(name, str) and name in LICENSES for name in licenses):
+        errors.append(f'"license" must be one of [{", ".join(LICENSES)}]')
+    if 'other' in licenses and 'license_name' not in metadata:
+        errors.append('"license_name" is required')
+    return errors
+
+
+def mismatches(value: Any, schema: Any, at: str) -> Iterable[str]:
+    """Where a value isn't of a schema: a type, a list of one schema, or a dictionary of required keys."""
+    kind: Any = schema if isinstance(schema, type) else type(schema)
+    if value is None:
+        yield f'"{at}" is required'
+    elif not isinstance(value, kind):
+        yield f'"{at}" must be {ARTICLES[kind]}'
+    elif kind is list:
+        for i, item in enumerate(value):
+            yield from mismatches(item, schema[0], f'{at}[{i}]')
+    elif kind is dict:
+        for key in schema:
+            yield from mismatches(value.get(key), schema[key], f'{at}.{key}')
