@@ -29,6 +29,16 @@ def pytest_collection_modifyitems(config, items) -> None:
                 item.add_marker(pytest.mark.skip(reason='a large model of timm: walked with --all-hosts'))
 
 
+def pytest_terminal_summary(terminalreporter) -> None:
+    """Say in the summary that the tests of timm's own scripts were not run, which a lone 's' does not."""
+    from stock_scripts import reason_to_skip
+
+    skipped = {report.nodeid for report in terminalreporter.stats.get('skipped', []) if 'scripts' in report.nodeid}
+    reason = reason_to_skip()
+    if skipped and reason:
+        terminalreporter.write_line(f'{len(skipped)} tests skipped: {reason}', yellow=True)
+
+
 class Python(Protocol):
     def __call__(self, code: str, *flags: str, **env: str) -> subprocess.CompletedProcess: ...
 

@@ -198,12 +198,14 @@ def test_others_may_read_it(tmp_path) -> None:
     try:
         with new_folder(tmp_path / 'new') as new:
             (new / 'a').touch(mode=0o600)
+            (new / 'c').mkdir(mode=0o700)
+            (new / 'c' / 'd').touch(mode=0o600)
         with replaced_file(tmp_path / 'b') as file:
             file.write(b'x')
     finally:
         os.umask(umask)
-    modes = [stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ('new', 'new/a', 'b')]
-    assert modes == [0o755, 0o644, 0o644]
+    modes = [stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ('new', 'new/a', 'new/c', 'new/c/d', 'b')]
+    assert modes == [0o755, 0o644, 0o755, 0o644, 0o644]
 
 
 def test_without_matplotlib(tmp_path, monkeypatch) -> None:

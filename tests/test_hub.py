@@ -1,6 +1,5 @@
 """`timm-atac push` and timm's way back, against a Hub on loopback, each in a fresh process."""
 
-import csv
 import json
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from timm_atac.export import export
 from timm_atac.weights.folder import load_folder
 
 ablation = pytest.importorskip('ablation', reason="needs the packages of the extra 'ablation'")
+store = pytest.importorskip('store')
 pytest.importorskip('sklearn', reason="needs the packages of the extra 'ablation'")
 
 PUSH = """
@@ -56,10 +56,10 @@ def digits(tmp_path_factory) -> Any:
     """The folder of a network that the ablation has trained, its accuracy, and the test set."""
     output = tmp_path_factory.mktemp('ablation') / 'out'
     ablation.main(['--acts', 'atac', '--epochs', '3', '--seeds', '1', '--export', '--output', str(output)])
-    with open(output / 'ablation.csv', newline='') as file:
-        (row,) = csv.DictReader(file)
-    _, test_set = ablation.load_digits(16, torch.device('cpu'))
-    return output / 'atac_b1_seed0', float(row['accuracy']), test_set
+    (row,) = store.read_rows(output / 'ablation.csv')
+    data = ablation.load('digits', 16, output, download=False)
+    images, labels = data.test
+    return output / row.run.name, row.result.accuracy, (data.normalize(images), labels)
 
 
 @pytest.fixture
@@ -120,7 +120,7 @@ def test_round_trip(hub, run, digits, tmp_path) -> None:
     assert "create_model('hf-hub:me/digits', pretrained=True)" in card
     assert card.replace('me/digits', 'OWNER/NAME') == (folder / 'README.md').read_text()
 
-    images, labels = test_set.tensors
+    images, labels = test_set
     save_file({'images': images}, tmp_path / 'images.safetensors')
     pulled = run(PULL, 'hf-hub:me/digits', tmp_path / 'images.safetensors', tmp_path / 'logits.safetensors')
     assert pulled.returncode == 0, pulled.stderr

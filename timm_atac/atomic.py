@@ -47,9 +47,8 @@ def new_folder(path: Path) -> Iterator[Path]:
     name = tempfile.mkdtemp(prefix=f'.{path.name}.', dir=path.parent)
     try:
         yield Path(name)
-        for file in Path(name).iterdir():
-            os.chmod(file, 0o666 & ~_umask())  # some writers keep theirs to the user
-        os.chmod(name, 0o777 & ~_umask())
+        for inside in (Path(name), *Path(name).rglob('*')):  # some writers keep theirs to the user
+            os.chmod(inside, (0o777 if inside.is_dir() else 0o666) & ~_umask())
         if path.exists():
             path.rmdir()  # empty; a rename onto a folder is an error on Windows
         os.rename(name, path)

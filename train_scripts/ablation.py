@@ -1,377 +1,225 @@
 #!/usr/bin/env python
-"""The paper's ablation in miniature: one CIFAR network, one activation after the other, on handwritten digits.
+"""The paper's ablations: CIFAR networks of b = 1 to 4 blocks a stage, one activation after the other.
 
-Trains the networks of Tables 2 and 3 of `Attention as Activation` (https://arxiv.org/abs/2007.07729) at the depths
-asked for, on scikit-learn's digits: 1,797 real scans of 8x8, here scaled to 16x16, 1,000 to train and 797 to test.
-Writes a row a run to a CSV file as soon as the run is done, and at the end a table and a plot.
+Trains the networks of Tables 2 and 3 of `Attention as Activation` (https://arxiv.org/abs/2007.07729) and of its
+figures on CIFAR by the authors' recipe, or in miniature on scikit-learn's digits: 1,797 real scans of 8x8, 1,000 to
+train. A row a run goes to a CSV file when the run is done; then come tables and plots. The same command goes on where
+it was killed.
 
     python train_scripts/ablation.py --blocks 1 2 --seeds 5
+    python train_scripts/ablation.py --datasets cifar10 cifar100 --blocks 1 2 3 4 --amp --channels-last --download
+    torchrun --nproc-per-node 4 train_scripts/ablation.py --datasets cifar100
 """
 
 import argparse
-import csv
-import importlib
-import statistics
+import os
 import sys
-import time
-from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
 
-import timm
 import torch
-import torch.nn as nn
-import torch.nn.functional as F
-from digits import NUM_TRAIN, load_digits, write_folder
-from timm.layers import get_act_layer
-from timm.optim import create_optimizer_v2
-from timm.scheduler import create_scheduler_v2
-from timm.utils import AverageMeter, accuracy, get_outdir, random_seed
-from torch.utils.data import DataLoader, TensorDataset
+import torch.distributed as dist
+from grid import Run, create_model
+from image_data import DataError, ImageData, load
+from network_folder import write_folder
+from options import parse_args, runs
+from run_log import Log, LogError, TensorBoardLog, WandbLog
+from store import Result, Row, Store, StoreError, device_name
+from tables import write
+from timm.utils import init_distributed_device
 from tqdm import tqdm
-
-# The five of the paper: name in the table, arguments of the model. Any other activation of timm goes by its own name.
-ACTIVATIONS: dict[str, tuple[str, dict[str, Any]]] = {
-    'relu': ('ReLU', dict(act_layer='relu')),
-    'se_act': ('SEActivation', dict(act_layer='se_act')),
-    'nin': ('NiN', dict(act_layer='nin')),
-    'local_se': ('LocalSENet', dict(act_layer='relu', attn_layer='local_se')),
-    'atac': ('ATAC', dict(act_layer='atac')),
-}
+from training import CheckpointError, Machine, Progress, Trainer
 
 
-class Row(NamedTuple):
-    """One finished run, as it stands in the CSV file."""
-
-    activation: str
-    blocks: int
-    seed: int
-    params: int
-    epochs: int
-    train_loss: float
-    accuracy: float  # per cent of the test set
-    seconds: float
+def set_up(args: argparse.Namespace) -> Machine:
+    """This process's device, and its place among those of torchrun."""
+    if int(os.environ.get('WORLD_SIZE', 1)) > 1:  # torchrun's; a job of SLURM alone is no reason to wait for others
+        init_distributed_device(args)  # puts device, rank, local_rank and world_size into args
+    else:
+        args.rank, args.local_rank, args.world_size = 0, 0, 1
+    torch.backends.cudnn.benchmark = True  # all batches are of one size
+    return Machine(torch.device(args.device), args.rank, args.world_size, args.channels_last, args.compile)
 
 
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        '--acts',
-        nargs='+',
-        type=activation_name,
-        default=list(ACTIVATIONS),
-        metavar='NAME',
-        help=f'{", ".join(ACTIVATIONS)} (all of these by default), or any activation of timm',
-    )
-    parser.add_argument(
-        '--blocks',
-        nargs='+',
-        type=int,
-        choices=(1, 2, 3, 4),
-        default=[1],
-        metavar='B',
-        help='blocks a stage, b = 1..4 (default: 1)',
-    )
-    parser.add_argument('--seeds', type=positive_int, default=2, metavar='N', help='runs of each network (default: 2)')
-    parser.add_argument('--epochs', type=positive_int, default=8, metavar='N', help='default: 8')
-    parser.add_argument('--batch-size', type=batch_size, default=50, metavar='N', help='default: 50')
-    parser.add_argument('--lr', type=positive_float, default=0.1, help='peak learning rate (default: 0.1)')
-    parser.add_argument('--weight-decay', type=decay, default=1e-4, metavar='WD', help='default: 1e-4')
-    parser.add_argument(
-        '--size',
-        type=image_size,
-        default=16,
-        metavar='PX',
-        help='width and height that the digits are scaled to (default: 16)',
-    )
-    parser.add_argument(
-        '--device',
-        type=device,
-        default='cuda' if torch.cuda.is_available() else 'cpu',
-        help='default: cuda where there is one, else cpu',
-    )
-    parser.add_argument(
-        '--output',
-        type=Path,
-        default=Path('results/ablation'),
-        metavar='DIR',
-        help='folder to write to; a number is appended where it exists (default: results/ablation)',
-    )
-    parser.add_argument(
-        '--export',
-        action='store_true',
-        help='also write each network, with a model card, as a folder that `timm-atac push` uploads',
-    )
-    args = parser.parse_args(argv)
-    try:
-        importlib.import_module('matplotlib')
-        importlib.import_module('sklearn')
-    except ImportError as error:
-        parser.error(f"{error}; what this script needs comes with `pip install 'timm_atac[ablation]'`")
-    return args
+def load_all(todo: list[Run], args: argparse.Namespace, machine: Machine) -> dict[str, ImageData]:
+    """The data sets of the runs, on the device; the first process of each machine downloads."""
+    sizes = {run.dataset: run.size for run in todo}
+    waits = args.download and machine.processes > 1
+    if waits and args.local_rank > 0:
+        dist.barrier()
+    data = {
+        name: load(name, size, args.data_dir, args.download and args.local_rank == 0) for name, size in sizes.items()
+    }
+    if waits and args.local_rank == 0:
+        dist.barrier()
+    return {name: images.to(machine.device) for name, images in data.items()}
 
 
-def activation_name(text: str) -> str:
-    if text not in ACTIVATIONS:
+def check(todo: list[Run], data: dict[str, ImageData], store: Store, export: bool) -> None:
+    """Whatever cannot be trained fails before anything is."""
+    for run in todo:
+        images = data[run.dataset]
+        count = len(images.train[0])
+        if not 2 * run.processes <= run.batch_size <= count or run.batch_size % run.processes:
+            raise DataError(
+                f'--batch-size {run.batch_size} with {count} training images in {run.processes} process(es): expected '
+                f'a multiple of {run.processes} from {2 * run.processes} to {count}.'
+            )
+        if export and store.network(run).exists() and not store.checkpoint(run).exists():
+            raise StoreError(f'{store.network(run)} is there already, without a row: remove it.')
+    for run in {r._replace(seed=0): r for r in todo}.values():
+        images = data[run.dataset]
         try:
-            get_act_layer(text)
-        except KeyError:
-            raise argparse.ArgumentTypeError(
-                f'{text!r} is neither one of {", ".join(ACTIVATIONS)} nor an activation of timm'
-            ) from None
-    return text
+            with torch.device('meta'):
+                create_model(run, len(images.classes), images.in_chans, images.mean, images.std)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise DataError(f'{run.activation}: timm cannot build the network with it: {error}') from None
 
 
-def positive_int(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f'{text!r} is not a whole number of at least 1')
-    return int(text)
+@contextmanager
+def claimed(run: Run, store: Store, machine: Machine) -> Iterator[bool]:
+    """`Store.claim` of the first process, told to all."""
+    if machine.rank == 0:
+        with store.claim(run) as mine:
+            yield agreed([mine], machine)[0]
+    else:
+        yield agreed([False], machine)[0]
 
 
-def batch_size(text: str) -> int:
-    size = positive_int(text)
-    if not 2 <= size <= NUM_TRAIN:
-        raise argparse.ArgumentTypeError(f'{text!r} is not in 2..{NUM_TRAIN}, the number of training images')
-    return size
+def agreed(flags: list[bool], machine: Machine) -> list[bool]:
+    """What the first process says, in every process."""
+    if machine.processes == 1:
+        return flags
+    said = torch.tensor(flags, dtype=torch.uint8, device=machine.device)
+    dist.broadcast(said, 0)
+    return said.bool().tolist()
 
 
-def image_size(text: str) -> int:
-    size = positive_int(text)
-    if size < 8:
-        raise argparse.ArgumentTypeError(f'{text!r} is less than 8, the size of the scans')
-    return size
+def train(run: Run, data: ImageData, store: Store, machine: Machine, args: argparse.Namespace) -> Row:
+    """Train one network, write it if that is asked for, and add its row."""
+    trainer = Trainer(run, data, machine)
+    checkpoint = store.checkpoint(run)
+    if checkpoint.exists():
+        trainer.load(checkpoint)
+    trainer.agree(checkpoint)
+    first = trainer.progress.epoch
+    label = f'{run.activation} b={run.blocks} seed={run.seed}'
+    progress = tqdm(total=run.epochs, initial=first, desc=label, leave=False, unit='epoch', disable=machine.rank > 0)
+    with progress, ExitStack() as closed:
+        logs = _logs(run, store, first, args) if machine.rank == 0 else []
+        for log in logs:
+            closed.callback(log.close)
 
+        def after_epoch(now: Progress, lr: float) -> None:
+            progress.update()
+            progress.set_postfix(loss=f'{now.train_loss:.3f}', top1=f'{now.accuracy:.2f}')
+            for log in logs:
+                log.log(now, lr)
 
-def decay(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < float('inf'):
-        raise argparse.ArgumentTypeError(f'{text!r} is not a number of at least 0')
-    return value
-
-
-def positive_float(text: str) -> float:
-    value = decay(text)
-    if value == 0:
-        raise argparse.ArgumentTypeError(f'{text!r} is not above 0')
-    return value
-
-
-def device(text: str) -> torch.device:
-    try:
-        torch.empty(0, device=text)
-        return torch.device(text)
-    except (RuntimeError, AssertionError) as error:
-        raise argparse.ArgumentTypeError(f'{text!r} cannot be used: {str(error).splitlines()[0]}') from None
-
-
-def model_args(activation: str) -> dict[str, Any]:
-    _, kwargs = ACTIVATIONS.get(activation, (activation, dict(act_layer=activation)))
-    return kwargs
-
-
-def create_model(activation: str, blocks: int, size: int = 16) -> nn.Module:
-    # as the images of `load_digits` are: grey, in 0..1, whole
-    cfg = dict(tag='digits', input_size=(1, size, size), mean=(0.0,), std=(1.0,), pool_size=None)
-    return timm.create_model(f'resnet{6 * blocks + 2}_cifar', pretrained_cfg_overlay=cfg, **model_args(activation))
-
-
-def train(
-    activation: str,
-    blocks: int,
-    seed: int,
-    data: tuple[TensorDataset, TensorDataset],
-    args,
-    folder: Path | None = None,
-) -> Row:
-    """Train one network and test it; with `folder`, write it there."""
-    start = time.perf_counter()
-    random_seed(seed)
-    train_set, test_set = data
-    model = create_model(activation, blocks, args.size).to(args.device)
-    loader = DataLoader(train_set, args.batch_size, shuffle=True, drop_last=True)
-    optimizer = create_optimizer_v2(model, opt='sgd', lr=args.lr, weight_decay=args.weight_decay, momentum=0.9)
-    scheduler, _ = create_scheduler_v2(
-        optimizer,
-        sched='cosine',
-        num_epochs=args.epochs,
-        step_on_epochs=False,
-        updates_per_epoch=len(loader),
-        warmup_epochs=min(1, args.epochs - 1),
-        warmup_lr=args.lr / 10,
+        end = trainer.fit(checkpoint, after_epoch)
+    result = Result(
+        params=sum(p.numel() for p in trainer.model.parameters()),
+        train_loss=round(end.train_loss, 4),
+        accuracy=round(end.accuracy, 3),
+        best_accuracy=round(end.best_accuracy, 3),
+        seconds=round(end.seconds, 2),
+        device=device_name(machine.device),
     )
-    updates = 0
-    losses = AverageMeter()
-    progress = tqdm(
-        total=args.epochs * len(loader), desc=f'{activation} b={blocks} seed={seed}', leave=False, unit='batch'
-    )
-    with progress:
-        for epoch in range(args.epochs):
-            model.train()
-            losses.reset()
-            for images, labels in loader:
-                loss = F.cross_entropy(model(images), labels)
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                updates += 1
-                scheduler.step_update(updates)
-                losses.update(loss.item(), len(labels))
-                progress.update()
-            progress.set_postfix(epoch=epoch + 1, loss=f'{losses.avg:.3f}')
-    row = Row(
-        activation,
-        blocks,
-        seed,
-        params=sum(p.numel() for p in model.parameters()),
-        epochs=args.epochs,
-        train_loss=round(losses.avg, 4),
-        accuracy=round(evaluate(model, test_set), 3),
-        seconds=round(time.perf_counter() - start, 1),
-    )
-    if folder is not None:
-        write_folder(
-            model.cpu(),
-            folder,
-            network=f'with b = {blocks} and {label(activation)}',
-            model_args=model_args(activation),
-            accuracy=row.accuracy,
-            source=f'train_scripts/ablation.py of timm_atac, seed {seed}',
-            hyperparameters={
-                'optimizer': 'SGD with momentum 0.9',
-                'learning rate': f'{args.lr:g}, a warm-up epoch, then cosine',
-                'weight decay': f'{args.weight_decay:g}',
-                'epochs': args.epochs,
-                'batch size': args.batch_size,
-            },
-            test_images=test_set.tensors[0],
-        )
+    row = Row(run, result)
+    if machine.rank == 0:
+        if args.export and not store.network(run).exists():  # a killed process may have come this far
+            write_folder(trainer.model.cpu(), store.network(run), run, result, data)
+        store.append(row)
     return row
 
 
-@torch.inference_mode()
-def evaluate(model: nn.Module, data: TensorDataset) -> float:
-    """Top-1 accuracy in per cent."""
-    model.eval()
-    top1 = AverageMeter()
-    for images, labels in DataLoader(data, batch_size=200):
-        top1.update(accuracy(model(images), labels)[0].item(), len(labels))
-    return top1.avg
+def _logs(run: Run, store: Store, first_epoch: int, args: argparse.Namespace) -> list[Log]:
+    logs: list[Log] = []
+    if args.log_tensorboard:
+        logs.append(TensorBoardLog(store.folder / 'tensorboard', run, first_epoch))
+    if args.log_wandb:
+        logs.append(WandbLog(store.folder, run, args.wandb_project))
+    return logs
 
 
-def append(file: TextIO, row: Row) -> None:
-    csv.writer(file).writerow(row)
-    file.flush()
+def report(asked: list[Run], trained: list[Run], store: Store, interrupted: bool, export: bool) -> None:
+    """Say what was done and what was not, and write tables and plots of all rows."""
+    rows = store.rows()
+    missing = {*asked} - {row.run for row in rows}
+    if interrupted:
+        print(
+            f'\nInterrupted: {len(missing)} of {len(asked)} runs are left; the same command goes on.', file=sys.stderr
+        )
+    else:
+        if len(trained) + len(missing) < len(asked):
+            count = len(asked) - len(trained) - len(missing)
+            print(f'{count} of {len(asked)} runs had been done already.', file=sys.stderr)
+        if missing:
+            print(f'{len(missing)} of {len(asked)} runs are left to the processes that are at them.', file=sys.stderr)
+    if not rows:
+        return
+    text, plots = write(rows, store.folder)
+    print(f'\n{text}\n\nRows: {store.csv}\nTables: {store.folder / "tables.md"}')
+    for path in plots:
+        print(f'Plot: {path}')
+    if export:
+        _report_networks([run for run in asked if run not in missing], store)
 
 
-def table(rows: list[Row]) -> str:
-    """The rows as a Markdown table: accuracy for each activation and b, mean and spread over the seeds."""
-    depths = sorted({row.blocks for row in rows})
-    found: dict[tuple[str, int], list[float]] = defaultdict(list)
-    for row in rows:
-        found[row.activation, row.blocks].append(row.accuracy)
-    lines = [
-        ['Activation', *(f'b = {b}' for b in depths), f'Parameters (b = {depths[0]})'],
-        *(
-            [
-                label(activation),
-                *(cell(found[activation, b]) for b in depths),
-                next(
-                    (f'{row.params:,}' for row in rows if (row.activation, row.blocks) == (activation, depths[0])), ''
-                ),
-            ]
-            for activation in dict.fromkeys(row.activation for row in rows)
-        ),
-    ]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    lines.insert(1, ['-' * width for width in widths])
-    body = '\n'.join(
-        '| ' + ' | '.join(text.ljust(w) for text, w in zip(line, widths, strict=True)) + ' |' for line in lines
-    )
-    seeds = sorted({len(values) for values in found.values() if values})
-    count = f'{seeds[0]} to {seeds[-1]}' if len(seeds) > 1 else f'{seeds[0]}'
-    spread = f'mean ± standard deviation over {count} seeds' if seeds[-1] > 1 else 'one seed'
-    return f'Test accuracy in per cent, {spread}:\n\n{body}'
+def _report_networks(done: list[Run], store: Store) -> None:
+    networks = [store.network(run) for run in done if store.network(run).exists()]
+    for path in networks:
+        print(f'Network: {path}')
+    if len(networks) < len(done):
+        print(
+            f'{len(done) - len(networks)} finished runs have no network, since none was asked for: remove their rows '
+            f'from {store.csv}, and they are trained again.',
+            file=sys.stderr,
+        )
 
 
-def cell(values: list[float]) -> str:
-    if not values:
-        return ''
-    mean = f'{statistics.mean(values):.2f}'
-    return f'{mean} ± {statistics.stdev(values):.2f}' if len(values) > 1 else mean
-
-
-def label(activation: str) -> str:
-    return ACTIVATIONS.get(activation, (activation, {}))[0]
-
-
-def plot(rows: list[Row], path: Path) -> None:
-    """Accuracy over parameters, one line an activation, one point a depth, in the manner of the paper's figures."""
-    import matplotlib
-
-    matplotlib.use('Agg')
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(6.4, 4.2), layout='constrained')
-    for activation, marker in zip(
-        dict.fromkeys(row.activation for row in rows), 'osD^vP*X<>' * len(rows), strict=False
-    ):
-        points = []
-        for blocks in sorted({row.blocks for row in rows if row.activation == activation}):
-            runs = [row for row in rows if (row.activation, row.blocks) == (activation, blocks)]
-            values = [row.accuracy for row in runs]
-            spread = statistics.stdev(values) if len(values) > 1 else 0.0
-            points.append((runs[0].params / 1e3, statistics.mean(values), spread))
-        x, y, error = zip(*points, strict=True)
-        axes.errorbar(x, y, error, marker=marker, capsize=3, label=label(activation))
-    axes.set_xlabel('parameters (thousands)')
-    axes.set_ylabel('test accuracy (%)')
-    axes.set_title(f'Digits, {rows[0].epochs} epochs')
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+def train_all(
+    todo: list[Run], data: dict[str, ImageData], store: Store, machine: Machine, args: argparse.Namespace
+) -> tuple[list[Run], bool]:
+    """Train what no other process has done or is at: those runs, and whether the user broke it off."""
+    trained: list[Run] = []
+    # twice, since a process that was at a run in the first pass may have died
+    with tqdm(total=len(todo), unit='run', disable=machine.rank > 0) as progress:
+        try:
+            for run in [*todo, *todo]:
+                if run in trained:
+                    continue
+                with claimed(run, store, machine) as mine:
+                    if mine:
+                        row = train(run, data[run.dataset], store, machine, args)
+                        progress.set_postfix_str(f'{run.activation} b={run.blocks}: {row.result.accuracy:.2f}')
+                        progress.update()
+                        trained.append(run)
+        except KeyboardInterrupt:
+            return trained, True
+    return trained, False
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = parse_args(argv)
-    data = load_digits(args.size, args.device)
-    runs = [(a, b, s) for b in sorted({*args.blocks}) for a in dict.fromkeys(args.acts) for s in range(args.seeds)]
-    for activation, blocks in {(a, b) for a, b, _ in runs}:
-        create_model(activation, blocks)  # whatever cannot be built fails before anything is trained
-    if args.output.is_file():
-        sys.exit(f'ablation.py: error: argument --output: {args.output} is a file; expected a folder')
-    try:
-        output = Path(get_outdir(str(args.output), inc=True))
-    except OSError as error:
-        sys.exit(f'ablation.py: error: argument --output: {error}')
-
-    rows: list[Row] = []
+    args = parse_args(__doc__, argv)
     interrupted = False
-    with open(output / 'ablation.csv', 'w', newline='') as file, tqdm(total=len(runs), unit='run') as progress:
-        csv.writer(file).writerow(Row._fields)
-        try:
-            for activation, blocks, seed in runs:
-                folder = output / f'{activation}_b{blocks}_seed{seed}' if args.export else None
-                row = train(activation, blocks, seed, data, args, folder)
-                append(file, row)
-                rows.append(row)
-                progress.update()
-                progress.set_postfix_str(f'{label(activation)} b={blocks}: {row.accuracy:.2f}')
-        except KeyboardInterrupt:
-            interrupted = True
-
-    if interrupted:
-        print(f'\nInterrupted after {len(rows)} of {len(runs)} runs.', file=sys.stderr)
-    if rows:
-        print(f'\n{table(rows)}\n\nRows: {output / "ablation.csv"}')
-        plot(rows, output / 'ablation.png')
-        print(f'Plot: {output / "ablation.png"}')
-        if args.export:
-            print(f'Networks: {output}/*_b*_seed*')
+    try:
+        machine = set_up(args)
+        asked = runs(args, machine.processes)
+        store = Store(args.output)
+        done = {row.run for row in store.rows()}
+        open_ = agreed([run not in done for run in asked], machine)  # others may be adding rows
+        todo = [run for run, is_open in zip(asked, open_, strict=True) if is_open]
+        data = load_all(todo, args, machine)
+        check(todo, data, store, args.export)
+        trained, interrupted = train_all(todo, data, store, machine, args)
+        if machine.rank == 0:
+            report(asked, trained, store, interrupted, args.export)
+    except (CheckpointError, DataError, LogError, OSError, StoreError) as error:
+        sys.exit(f'{Path(__file__).name}: error: {error}')
+    if machine.processes > 1 and not interrupted:
+        dist.destroy_process_group()
     return 130 if interrupted else 0
 
 

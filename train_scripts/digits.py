@@ -1,78 +1,66 @@
-"""scikit-learn's digits, 1,797 real scans of 8x8, as a data set, and networks trained on them as Hub folders."""
+"""scikit-learn's digits, 1,797 real scans of 8x8, as a data set, and as a folder of images for timm's scripts.
 
-from collections.abc import Mapping
+    python train_scripts/digits.py OUT_DIR
+
+writes that folder, the --data-dir of train.py and validate.py.
+"""
+
+import argparse
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.data import TensorDataset
-from torchvision import transforms
+from PIL import Image
+
+from timm_atac.atomic import new_folder
 
 NUM_TRAIN = 1000
 SPLIT_SEED = 0  # the same split for every run
 ADDRESS = 'https://scikit-learn.org/stable/modules/generated/sklearn.datasets.load_digits.html'
 
 
-def load_digits(size: int, device: torch.device) -> tuple[TensorDataset, TensorDataset]:
-    """The digits as (N, 1, size, size) in 0..1 with labels, split into training and test set."""
+def load_digits(size: int) -> tuple[tuple[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
+    """Training and test set: images (N, 1, size, size) as uint8, bilinearly scaled from 8x8, and labels (N,)."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
     images = torch.from_numpy(digits.images).float().unsqueeze(1) / 16
     images = F.interpolate(images, size=(size, size), mode='bilinear', align_corners=False)
+    images = (images * 255).round().to(torch.uint8)
     labels = torch.from_numpy(digits.target).long()
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(SPLIT_SEED))
     train, test = order[:NUM_TRAIN], order[NUM_TRAIN:]
-    images, labels = images.to(device), labels.to(device)
-    return TensorDataset(images[train], labels[train]), TensorDataset(images[test], labels[test])
+    return (images[train], labels[train]), (images[test], labels[test])
 
 
-def write_folder(
-    model: nn.Module,
-    folder: Path,
-    *,
-    network: str,
-    model_args: dict[str, Any],
-    accuracy: float,
-    source: str,
-    hyperparameters: Mapping[str, Any],
-    test_images: torch.Tensor,
-) -> None:
-    """A trained network as a folder in the format of the Hugging Face Hub, with its card and picture.
+def write_image_folder(folder: Path) -> None:
+    """Write the digits as folder/train/0/0001.png ... folder/val/9/0797.png, 8x8 in grey: complete or not at all.
 
-    Args:
-        model: One of the CIFAR networks, on the CPU.
-        folder: Where to; must not be there.
-        network: What it is, for a sentence of the card.
-        model_args: Arguments of `create_model` that it was made with.
-        accuracy: Top-1 in per cent of the test set.
-        source: Who measured that.
-        hyperparameters: Of its training.
-        test_images: Of the test set (N, 1, size, size) in 0..1; the first is that of the picture.
+    Raises:
+        FileExistsError: There is something at `folder`, and it is no empty folder.
     """
-    from timm_atac.export import export
+    with new_folder(folder) as new:
+        for split, (images, labels) in zip(('train', 'val'), load_digits(8), strict=True):
+            for label in range(10):
+                (new / split / str(label)).mkdir(parents=True)
+            for number, (image, label) in enumerate(zip(images, labels.tolist(), strict=True), start=1):
+                Image.fromarray(image[0].numpy()).save(new / split / str(label) / f'{number:04}.png')
 
-    size = test_images.shape[-1]
-    facts = {
-        'description': (
-            f'The CIFAR network of "Attention as Activation" {network}, trained on handwritten digits: the ablation of '
-            f'the paper in miniature.'
-        ),
-        'license': 'apache-2.0',
-        'datasets': [{'name': f"scikit-learn's digits ({ADDRESS}), scaled to {size} x {size}"}],
-        'results': [
-            {
-                'dataset': 'Digits',
-                'id': 'digits',
-                'split': f'test ({len(test_images)} images)',
-                'metrics': {'top-1 accuracy': accuracy},
-                'source': {'name': source, 'url': ADDRESS},
-            }
-        ],
-        'hyperparameters': dict(hyperparameters),
-        'picture_credit': 'the image is one of the test set',
-    }
-    image = transforms.functional.to_pil_image(test_images[0].cpu())
-    export(model, folder, facts, image, model_args, {'label_names': [str(digit) for digit in range(10)]})
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description="Write scikit-learn's digits as a folder of images, OUT_DIR/train/0/*.png ... OUT_DIR/val/9/*.png, "
+        "which is the --data-dir of timm's train.py and validate.py.",
+    )
+    parser.add_argument('folder', type=Path, metavar='OUT_DIR', help='a new folder, or an empty one')
+    args = parser.parse_args(argv)
+    try:
+        write_image_folder(args.folder)
+    except OSError as error:
+        parser.error(str(error))
+    print(f"{args.folder}: scikit-learn's digits, {NUM_TRAIN} to train and the rest to validate")
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,148 @@
+"""What the ablation trains: the paper's networks and activations, the recipe of each data set, and a run."""
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import timm
+import torch.nn as nn
+
+BLOCKS = (1, 2, 3, 4)
+ACT_STAGES = (1, 2, 3, 4)
+
+
+class Activation(NamedTuple):
+    """A row of the tables: its name there, and the arguments of the model."""
+
+    label: str
+    model_args: Mapping[str, Any]
+    placed: bool = True  # whether `act_stages` says where it goes
+
+
+# The five of Tables 2 and 3, then those of the figure on activation units. Any other of timm goes by its own name.
+TABLES = {
+    'relu': Activation('ReLU', dict(act_layer='relu'), placed=False),
+    'se_act': Activation('SEActivation', dict(act_layer='se_act')),
+    'nin': Activation('NiN', dict(act_layer='nin')),
+    'local_se': Activation('LocalSENet', dict(act_layer='relu', attn_layer='local_se'), placed=False),
+    'atac': Activation('ATAC', dict(act_layer='atac')),
+}
+FIGURE = {
+    'selu': Activation('SELU', dict(act_layer='selu')),
+    'silu': Activation('Swish', dict(act_layer='silu')),
+    'gelu': Activation('GELU', dict(act_layer='gelu')),
+    'prelu': Activation('PReLU', dict(act_layer='prelu')),
+}
+
+
+LABELS = {known.label.lower(): name for name, known in {**TABLES, **FIGURE}.items()}
+
+
+def activation(name: str) -> Activation:
+    return TABLES.get(name) or FIGURE.get(name) or Activation(name, dict(act_layer=name))
+
+
+def canonical(name: str) -> str:
+    """The one name of an activation, of those that timm and the paper have for it."""
+    return LABELS.get(name.lower(), name.lower())
+
+
+class Recipe(NamedTuple):
+    """How a data set's networks are trained, where the command line says nothing.
+
+    Attributes:
+        epochs: Length of the training.
+        batch_size: Images an update, of all processes together.
+        lr: Learning rate, the highest of the schedule.
+        weight_decay: On every parameter, norms and biases too.
+        size: Height and width of the images, in pixels.
+        augment: Whether training images are padded, cropped and flipped.
+        sched: 'multistep' divides by 10 after 3/4 and 7/8 of the epochs; 'cosine' has a warm-up epoch.
+    """
+
+    epochs: int
+    batch_size: int
+    lr: float
+    weight_decay: float
+    size: int
+    augment: bool
+    sched: str
+
+
+# train_cifar.py and README.md of the authors: 400 epochs, x0.1 at 300 and 350
+AUTHORS = Recipe(epochs=400, batch_size=128, lr=0.2, weight_decay=1e-4, size=32, augment=True, sched='multistep')
+RECIPES = {
+    # ours: a mirrored digit is none, and eight epochs are enough
+    'digits': Recipe(epochs=8, batch_size=50, lr=0.1, weight_decay=1e-4, size=16, augment=False, sched='cosine'),
+    'cifar10': AUTHORS,
+    'cifar100': AUTHORS,
+}
+
+
+def recipe(dataset: str) -> Recipe:
+    return RECIPES.get(dataset, AUTHORS)
+
+
+def dataset_name(dataset: str) -> str:
+    """The data set in file names; folders of one name in different places are told apart."""
+    if dataset in RECIPES:
+        return dataset
+    return f'{Path(dataset).name}-{hashlib.sha256(dataset.encode()).hexdigest()[:6]}'
+
+
+class Run(NamedTuple):
+    """One training, by everything that its numbers depend on: the key of a row of the results."""
+
+    dataset: str  # a name, or the path of an image folder
+    activation: str
+    blocks: int
+    act_stages: int  # of stage 1, 2, 3 and the last activation, how many have it, counted from the back
+    seed: int
+    epochs: int
+    batch_size: int
+    lr: float
+    weight_decay: float
+    size: int
+    augment: bool
+    sched: str
+    precision: str = 'float32'  # on a GPU that has TF32, with it
+    processes: int = 1
+
+    @property
+    def settings(self) -> tuple[Any, ...]:
+        """What runs of one table have in common."""
+        return (self.dataset, *self[self._fields.index('epochs') :])
+
+    @property
+    def name(self) -> str:
+        """A file name that no other run has: what differs from the data set's recipe is in it."""
+        parts = [dataset_name(self.dataset), self.activation, f'b{self.blocks}']
+        if self.act_stages != max(ACT_STAGES):
+            parts.append(f'stages{self.act_stages}')
+        return '_'.join([*parts, f'seed{self.seed}', *(f'{k}-{v}' for k, v in self.unusual().items())])
+
+    def unusual(self) -> dict[str, Any]:
+        """The settings that are not those of the data set's recipe."""
+        usual = {**recipe(self.dataset)._asdict(), **self._field_defaults}
+        return {key: getattr(self, key) for key in usual if getattr(self, key) != usual[key]}
+
+
+def model_args(run: Run) -> dict[str, Any]:
+    """Arguments of `create_model` beside the name, the image's and the classes'."""
+    args = dict(activation(run.activation).model_args)
+    if run.act_stages != max(ACT_STAGES):
+        args['atac_stages'] = tuple(range(max(ACT_STAGES) + 1 - run.act_stages, max(ACT_STAGES) + 1))
+    return args
+
+
+def create_model(
+    run: Run, num_classes: int, in_chans: int, mean: tuple[float, ...], std: tuple[float, ...]
+) -> nn.Module:
+    """The run's network, with what its images are in its `pretrained_cfg`."""
+    cfg = dict(
+        tag=Path(run.dataset).name, input_size=(in_chans, run.size, run.size), mean=mean, std=std, pool_size=None
+    )
+    return timm.create_model(
+        f'resnet{6 * run.blocks + 2}_cifar', num_classes=num_classes, pretrained_cfg_overlay=cfg, **model_args(run)
+    )

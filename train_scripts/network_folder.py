@@ -1,0 +1,66 @@
+"""A trained network of the ablation as a folder in the format of the Hugging Face Hub, with its card and picture."""
+
+from pathlib import Path
+
+import digits
+import torch.nn as nn
+from grid import Run, activation, model_args
+from image_data import ImageData
+from store import Result
+from torchvision import transforms
+
+from timm_atac.export import export
+
+# name, identifier on the Hub, address
+DATASETS = {
+    'digits': ("scikit-learn's digits", 'digits', digits.ADDRESS),
+    'cifar10': ('CIFAR-10', 'cifar10', 'https://www.cs.toronto.edu/~kriz/cifar.html'),
+    'cifar100': ('CIFAR-100', 'cifar100', 'https://www.cs.toronto.edu/~kriz/cifar.html'),
+}
+SCHEDULES = {'multistep': 'divided by 10 after 3/4 and 7/8 of the epochs', 'cosine': 'a warm-up epoch, then cosine'}
+
+
+def write_folder(model: nn.Module, folder: Path, run: Run, result: Result, data: ImageData) -> None:
+    """Write the network.
+
+    Args:
+        model: On the CPU.
+        folder: Must not be there, or be empty.
+
+    Raises:
+        FileExistsError: There is something at `folder`.
+    """
+    name, identifier, address = DATASETS.get(run.dataset, (Path(run.dataset).name, '', ''))
+    accuracy = round(result.accuracy, 3)
+    split = f'test ({len(data.test[0])} images)'
+    description = (
+        f'The CIFAR network of "Attention as Activation" with b = {run.blocks} and '
+        f'{activation(run.activation).label}, trained on {name}.'
+    )
+    facts: dict[str, object] = {
+        'license': 'apache-2.0',
+        'datasets': [{'name': f'{name}{f" ({address})" if address else ""}, {run.size} x {run.size}'}],
+        'hyperparameters': _hyperparameters(run),
+        'picture_credit': 'the image is one of the test set',
+    }
+    if address:
+        source = {'name': f'train_scripts/ablation.py of timm_atac, seed {run.seed}', 'url': address}
+        metrics = {'top-1 accuracy': accuracy}
+        facts['results'] = [{'dataset': name, 'id': identifier, 'split': split, 'metrics': metrics, 'source': source}]
+    else:  # a folder has no address to look the figure up
+        description += f' Top-1 accuracy: {accuracy} %, {split}.'
+    facts['description'] = description
+    image = transforms.functional.to_pil_image(data.test[0][0].cpu())
+    export(model, folder, facts, image, model_args(run), {'label_names': list(data.classes)})
+
+
+def _hyperparameters(run: Run) -> dict[str, object]:
+    return {
+        'optimizer': 'SGD with Nesterov momentum 0.9',
+        'learning rate': f'{run.lr:g}, {SCHEDULES[run.sched]}',
+        'weight decay': f'{run.weight_decay:g}, on every parameter',
+        'epochs': run.epochs,
+        'batch size': run.batch_size,
+        'augmentation': 'padded, cropped at random, flipped' if run.augment else 'none',
+        'precision': run.precision,
+    }

@@ -1,0 +1,234 @@
+#!/usr/bin/env python
+"""The paper's tables and figures from the rows that `ablation.py` has written, next to what the authors report.
+
+python train_scripts/tables.py results/ablation/ablation.csv --output results/tables
+python train_scripts/tables.py --imagenet
+"""
+
+import argparse
+import csv
+import statistics
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from figures import plot_act_stages, plot_blocks
+from grid import ACT_STAGES, FIGURE, TABLES, Run, activation, dataset_name
+from store import Row, StoreError, read_rows
+
+from timm_atac.atomic import replaced_file
+
+RESULTS = Path(__file__).parent.parent / 'results'
+DATASETS = {'digits': 'Digits', 'cifar10': 'CIFAR-10', 'cifar100': 'CIFAR-100'}
+Cell = tuple[str, str, int]  # data set, activation, b
+
+
+class Group(NamedTuple):
+    """Rows of one data set with the same settings.
+
+    Attributes:
+        title: Data set and settings.
+        name: The same, for files.
+        rows: Sorted as the paper's tables are.
+    """
+
+    title: str
+    name: str
+    rows: list[Row]
+
+
+def read_reported(path: Path = RESULTS / 'reported-cifar.csv') -> dict[Cell, float]:
+    """What others report: top-1 accuracy in per cent by data set, activation and b."""
+    with open(path, newline='', encoding='utf-8') as file:
+        return {
+            (line['dataset'], line['activation'], int(line['blocks'])): float(line['accuracy'])
+            for line in csv.DictReader(file)
+        }
+
+
+def groups(rows: Iterable[Row]) -> list[Group]:
+    """The rows by data set and settings; a table is of one group."""
+    found: dict[tuple, list[Row]] = {}
+    for row in rows:
+        found.setdefault(row.run.settings, []).append(row)
+    order = [*TABLES, *FIGURE]
+
+    def rank(row: Row) -> tuple:
+        name = row.run.activation
+        return order.index(name) if name in order else len(order), name, row.run.blocks, row.run.seed
+
+    return [_group(sorted(rows, key=rank)) for _, rows in sorted(found.items(), key=lambda item: str(item[0]))]
+
+
+def _group(rows: list[Row]) -> Group:
+    run = rows[0].run
+    dataset = DATASETS.get(run.dataset, run.dataset)
+    unusual = {key: value for key, value in run.unusual().items() if key != 'epochs'}
+    settings = [f'{run.epochs} epochs', *(f'{key} {value}' for key, value in unusual.items())]
+    title = f'{dataset}, {", ".join(settings)}'
+    return Group(title, '-'.join([dataset_name(run.dataset), *(s.replace(' ', '_') for s in settings)]), rows)
+
+
+def accuracy_table(group: Group, reported: dict[Cell, float]) -> str:
+    """Mean and spread of the accuracy by activation and b, in Markdown, with the reported one and the difference.
+
+    '' where no run has its activation in all stages.
+    """
+    rows = [row for row in group.rows if row.run.act_stages == max(ACT_STAGES)]
+    if not rows:
+        return ''
+    depths = sorted({row.run.blocks for row in rows})
+    lines = [['Activation', *(f'b = {b}' for b in depths), 'Parameters (k)']]
+    for name in dict.fromkeys(row.run.activation for row in rows):
+        runs = {b: [row for row in rows if (row.run.activation, row.run.blocks) == (name, b)] for b in depths}
+        lines.append(
+            [
+                activation(name).label,
+                *(_cell(runs[b], reported.get((rows[0].run.dataset, name, b))) for b in depths),
+                ' / '.join(f'{runs[b][0].result.params / 1e3:.1f}' if runs[b] else '-' for b in depths),
+            ]
+        )
+    return f'{_head(group.title, rows, reported)}\n\n{markdown(lines)}'
+
+
+def _head(title: str, rows: list[Row], reported: dict[Cell, float]) -> str:
+    counts: dict[tuple, list[int]] = {}
+    for row in rows:
+        counts.setdefault(row.run[:4], []).append(row.run.seed)
+    seeds = sorted({len(found) for found in counts.values()})
+    count = f'{seeds[0]} to {seeds[-1]}' if len(seeds) > 1 else f'{seeds[0]}'
+    spread = f'mean ± standard deviation over {count} seeds' if seeds[-1] > 1 else 'one seed'
+    compared = any(dataset == rows[0].run.dataset for dataset, _, _ in reported)
+    brackets = (
+        '; in brackets what the authors report, and how far the mean of our best epochs is from it: their script keeps '
+        'the epoch that is best on the test set'
+        if compared
+        else ''
+    )
+    return f'{title}: test accuracy after the last epoch in per cent, {spread}{brackets}'
+
+
+def _cell(rows: list[Row], reported: float | None) -> str:
+    found = [row.result.accuracy for row in rows]
+    text = mean_and_spread(found)
+    if reported is None:
+        return text
+    best = [row.result.best_accuracy for row in rows]
+    difference = f', {statistics.mean(best) - reported:+.2f}' if best else ''
+    return f'{text} ({reported:.2f}{difference})'.strip()
+
+
+def mean_and_spread(values: Sequence[float]) -> str:
+    if not values:
+        return ''
+    mean = f'{statistics.mean(values):.2f}'
+    return f'{mean} ± {statistics.stdev(values):.2f}' if len(values) > 1 else mean
+
+
+def act_stages_table(group: Group) -> str:
+    """Accuracy by the number of stages that have the activation, counted from the back; '' where all have them all."""
+    placed = [row for row in group.rows if activation(row.run.activation).placed]
+    networks = dict.fromkeys(row.run[1:3] for row in placed if row.run.act_stages < max(ACT_STAGES))
+    if not networks:
+        return ''
+    lines = [['Network', *map(str, (0, *ACT_STAGES))]]
+    for name, blocks in networks:
+        host = [r.result.accuracy for r in group.rows if r.run[1:3] == ('relu', blocks)]
+        cells = [[r.result.accuracy for r in placed if r.run[1:4] == (name, blocks, n)] for n in ACT_STAGES]
+        lines.append([f'{activation(name).label}, b = {blocks}', *map(mean_and_spread, [host, *cells])])
+    return (
+        f'{group.title}: test accuracy by the number of stages with the activation, counted from the last activation '
+        f'(0: ReLU everywhere)\n\n{markdown(lines)}'
+    )
+
+
+def imagenet_table(path: Path = RESULTS / 'reported-imagenet.csv') -> str:
+    """Table 4: what the authors report, beside parameters and multiply-adds of the networks that are registered."""
+    import timm
+    import torch
+
+    from timm_atac.profile import profile
+
+    head = ['Network', 'Model', 'Params (M)', 'GMACs']
+    lines = [[*head, 'Params (M), reported', 'GFlops, reported', 'top-1 err.', 'top-5 err.']]
+    with open(path, newline='', encoding='utf-8') as file:
+        for row in csv.DictReader(file):
+            ours = ['not registered', '', '']
+            if timm.is_model(row['model']):
+                with torch.device('meta'):
+                    figures = profile(timm.create_model(row['model']))
+                ours = [f'`{row["model"]}`', f'{figures.params:.2f}', f'{figures.gmacs:.2f}']
+            lines.append([row['network'], *ours, row['params'], row['gflops'], row['top1_err'], row['top5_err']])
+    note = "Table 4, ImageNet. The last four columns are from the authors' README; its GFlops mix two ways of counting"
+    return f'{note}\n\n{markdown(lines)}'
+
+
+def merge(rows: list[Row]) -> list[Row]:
+    """Each run once: the first of its rows. A second one with other results is said."""
+    found: dict[Run, Row] = {}
+    for row in rows:
+        first = found.setdefault(row.run, row)
+        if first.result.accuracy != row.result.accuracy:
+            print(
+                f'{row.run.name} is there twice, with {first.result.accuracy} and {row.result.accuracy} %: the first '
+                'counts.',
+                file=sys.stderr,
+            )
+    return list(found.values())
+
+
+def markdown(lines: list[list[str]]) -> str:
+    """A table, its first line the head."""
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    ruled = [lines[0], ['-' * width for width in widths], *lines[1:]]
+    return '\n'.join(
+        '| ' + ' | '.join(text.ljust(w) for text, w in zip(line, widths, strict=True)) + ' |' for line in ruled
+    )
+
+
+def write(rows: list[Row], output: Path) -> tuple[str, list[Path]]:
+    """Write `tables.md` and the plots; the text of the first and the paths of the second."""
+    reported = read_reported()
+    texts: list[str] = []
+    plots: list[Path] = []
+    for group in groups(rows):
+        texts += filter(None, [accuracy_table(group, reported), act_stages_table(group)])
+        if accuracy_table(group, reported):
+            plots.append(plot_blocks(group.title, group.rows, output / f'{group.name}.png', reported))
+        if act_stages_table(group):
+            plots.append(plot_act_stages(group.title, group.rows, output / f'{group.name}-act_stages.png'))
+    text = '\n\n'.join(texts)
+    with replaced_file(output / 'tables.md') as file:
+        file.write(f'{text}\n'.encode())
+    return text, plots
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('csv', nargs='*', type=Path, metavar='CSV', help='files that ablation.py has written')
+    parser.add_argument(
+        '--output', type=Path, metavar='DIR', help='folder for tables.md and plots (default: that of the first CSV)'
+    )
+    parser.add_argument('--imagenet', action='store_true', help='also print Table 4, from the registry')
+    args = parser.parse_args(argv)
+    if not args.csv and not args.imagenet:
+        parser.error('nothing to do: give CSV files, or --imagenet')
+    try:
+        rows = merge([row for path in args.csv for row in read_rows(path)])
+        if args.csv and not rows:
+            parser.error(f'no rows in {", ".join(map(str, args.csv))}')
+        if rows:
+            text, plots = write(rows, args.output or args.csv[0].parent)
+            print(text, *(f'Plot: {path}' for path in plots), sep='\n\n')
+    except ImportError as error:
+        parser.error(f"{error}; it comes with `pip install 'timm_atac[viz]'`")
+    except (OSError, StoreError) as error:
+        parser.error(str(error))
+    if args.imagenet:
+        print(imagenet_table())
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())
