@@ -368,7 +368,7 @@ def test_wrong_arguments(arguments, message, capsys, tmp_path) -> None:
 @pytest.mark.parametrize(
     'arguments, message',
     [
-        (['--batch-size', '1001'], '--batch-size 1001 with 1000 training images .* expected a multiple of 1 from 2 to 1000'),
+        (['--batch-size', '1001'], '1001 with 1000 training images .* expected a multiple of 1 from 2 to 1000'),
         (['--batch-size', '1'], '--batch-size 1 with 1000 training images'),
         (['--datasets', 'cifar10', '--data-dir', 'nowhere'], 'cifar10 is not in nowhere.*--download'),
     ],

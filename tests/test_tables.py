@@ -184,3 +184,24 @@ def test_wrong_arguments(text, arguments, message, tmp_path, capsys) -> None:
     with pytest.raises(SystemExit, match='2'):
         tables.main([argument.format(path=path) for argument in arguments])
     assert message in capsys.readouterr().err
+
+
+def test_the_record_is_what_the_rows_say() -> None:
+    """docs/results.md, of results/*.csv: tables, plot, and the order that the text gives."""
+    text = (tables.RESULTS.parent / 'docs' / 'results.md').read_text()
+    (group,) = tables.groups(store.read_rows(tables.RESULTS / 'digits.csv'))
+    assert tables.accuracy_table(group, tables.read_reported()) in text
+    assert tables.imagenet_table() in text
+    reported = tables.read_reported()
+    for name in ('relu', 'selu', 'silu', 'atac'):
+        figures = [f'{reported["cifar100", name, blocks]:.2f}' for blocks in (1, 2, 3, 4)]
+        assert [tables.activation(name).label, *figures] in cells(text)
+    for blocks in (1, 2, 3, 4):
+        means = {
+            tables.activation(name).label: tables.mean_and_spread(
+                [row.result.accuracy for row in group.rows if row.run[1:3] == (name, blocks)]
+            ).partition(' ')[0]
+            for name in ('relu', 'se_act', 'nin', 'local_se', 'atac')
+        }
+        order = sorted(means, key=lambda label: -float(means[label]))
+        assert [str(blocks), ', '.join(f'{label} {means[label]}' for label in order)] in cells(text)
