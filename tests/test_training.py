@@ -44,37 +44,41 @@ def gradients(model: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def _train(rank: int, name: str, folder: str) -> None:
+def _train(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group('gloo', init_method=f'file://{folder}/store', rank=rank, world_size=2)
     try:
-        torch.manual_seed(rank)  # DDP starts every process with the parameters of the first
-        model = DistributedDataParallel(MODELS[name]())
-        start = copy.deepcopy(model.module.state_dict())
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        for _ in range(2):
-            optimizer.zero_grad()
-            loss(model, images()).backward()
-            optimizer.step()
-        torch.save([start, model.module.state_dict()], f'{folder}/{rank}.pt')
+        for i, create in enumerate(MODELS.values()):
+            torch.manual_seed(rank)  # DDP starts every process with the parameters of the first
+            model = DistributedDataParallel(create())
+            start = copy.deepcopy(model.module.state_dict())
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            for _ in range(2):
+                optimizer.zero_grad()
+                loss(model, images()).backward()
+                optimizer.step()
+            torch.save([start, model.module.state_dict()], f'{folder}/{i}-{rank}.pt')
     finally:
         dist.destroy_process_group()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('name', MODELS)
-def test_ddp(name, tmp_path) -> None:
-    torch.multiprocessing.spawn(_train, args=(name, str(tmp_path)), nprocs=2)
-    (start0, end0), (start1, end1) = (torch.load(tmp_path / f'{rank}.pt', weights_only=True) for rank in (0, 1))
-    units = {n for n, m in MODELS[name]().named_modules() if isinstance(m, ChannelModule)}
-    parameters = {n for n, _ in MODELS[name]().named_parameters()}
-    assert start0.keys() == end1.keys()
-    for key in parameters:
-        torch.testing.assert_close(start0[key], start1[key], rtol=0, atol=0)
-        torch.testing.assert_close(end0[key], end1[key], rtol=0, atol=0)
-    inside = [key for key in parameters if key.startswith(tuple(f'{unit}.' for unit in units))]
-    moved = [key for key in inside if not torch.equal(start0[key], end0[key])]
-    assert len(moved) > 0.9 * len(inside)  # a block that begins as the identity gives some nothing in two steps
+def test_ddp(tmp_path) -> None:
+    """One pair of processes for all models, as they start slowly."""
+    torch.multiprocessing.spawn(_train, args=(str(tmp_path),), nprocs=2)
+    for i, create in enumerate(MODELS.values()):
+        states = (torch.load(tmp_path / f'{i}-{rank}.pt', weights_only=True) for rank in (0, 1))
+        (start0, end0), (start1, end1) = states
+        model = create()
+        units = {n for n, m in model.named_modules() if isinstance(m, ChannelModule)}
+        parameters = {n for n, _ in model.named_parameters()}
+        assert start0.keys() == end1.keys()
+        for key in parameters:
+            torch.testing.assert_close(start0[key], start1[key], rtol=0, atol=0)
+            torch.testing.assert_close(end0[key], end1[key], rtol=0, atol=0)
+        inside = [key for key in parameters if key.startswith(tuple(f'{unit}.' for unit in units))]
+        moved = [key for key in inside if not torch.equal(start0[key], end0[key])]
+        assert len(moved) > 0.9 * len(inside)  # a block that begins as the identity gives some nothing in two steps
 
 
 def test_ema(model) -> None:
