@@ -171,7 +171,7 @@ def test_failed_download(failure, server, cache, monkeypatch) -> None:
     message = error('train.py')
     assert failure.message in message
     assert server.url.format(version=VERSION) in message
-    assert f'git clone --depth 1 --branch v{VERSION} {stock.REPOSITORY}, and set TIMM_SCRIPTS=' in message
+    assert f'git clone --depth 1 --branch v{VERSION} {stock.REPOSITORY}, and `export TIMM_SCRIPTS=' in message
     assert list(cache.iterdir()) == []
 
 

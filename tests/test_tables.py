@@ -43,10 +43,10 @@ def test_reported_and_the_difference() -> None:
     rows = [row(seed, accuracy, dataset='cifar100') for seed, accuracy in enumerate([76.0, 77.0])]
     rows += [row(0, 70.0, dataset='cifar100', activation='nin', blocks=2)]
     text = tables.accuracy_table(tables.groups(rows)[0], REPORTED)
-    assert 'in brackets what the authors report, and how far the mean of our best epochs is from it' in text
+    assert 'in brackets what the authors report and how far that is from it' in text
     _, _, nin, atac = cells(text)
     assert nin[1:3] == ['', '70.00']
-    assert atac[1:3] == ['76.50 ± 0.71 (76.40, +0.10)', '(79.60)']
+    assert atac[1:3] == ['76.50 ± 0.71, best 76.50 (76.40, +0.10)', '(79.60)']
     assert 'authors' not in tables.accuracy_table(tables.groups([row()])[0], REPORTED)
 
 
@@ -64,7 +64,7 @@ def test_reported_figures_are_those_of_the_figure() -> None:
 def test_difference_is_of_the_best_epochs() -> None:
     rows = [store.Row(each.run, each.result._replace(best_accuracy=77.0)) for each in [row(dataset='cifar100')]]
     text = tables.accuracy_table(tables.groups(rows)[0], REPORTED)
-    assert '90.00 (76.40, +0.60)' in text
+    assert '90.00, best 77.00 (76.40, +0.60)' in text
 
 
 def test_rows_of_the_same_run_count_once(capsys) -> None:
@@ -76,9 +76,10 @@ def test_rows_of_the_same_run_count_once(capsys) -> None:
 
 def test_stages_alone(tmp_path) -> None:
     """Nothing has its activation everywhere: there is the other table only."""
-    text, plots = tables.write([row(act_stages=2)], tmp_path)
+    rows = [row(act_stages=2)]
+    text = tables.tables(rows)
     assert text.count('|\n|') == 2 and 'number of stages' in text
-    assert [plot.name[-14:] for plot in plots] == ['act_stages.png']
+    assert [path.name[-14:] for path in tables.write(rows, text, tmp_path)] == ['tables.md', 'act_stages.png']
 
 
 def test_folders_of_one_name() -> None:
@@ -129,7 +130,7 @@ def test_from_the_csv_alone(tmp_path, capsys) -> None:
     pictures = sorted((tmp_path / 'out').glob('*.png'))
     assert len(pictures) == 3
     for picture in pictures:
-        assert f'Plot: {picture}' in printed
+        assert f'\n{picture}\n' in printed
         assert picture.read_bytes().startswith(b'\x89PNG')
 
 
@@ -146,12 +147,36 @@ def test_plot_has_a_line_an_activation_and_that_of_the_authors(monkeypatch, tmp_
     ]
     figures.plot_blocks('title', rows, tmp_path / 'plot.png', REPORTED)
     axes, legend = drawn
-    assert [text.get_text() for text in legend.get_texts()] == ['ReLU', 'ATAC']
+    assert {text.get_text() for text in legend.get_texts()} == {'ReLU', 'ATAC', 'reported by the authors'}
     solid = [line for line in axes.lines if line.get_linestyle() == '-']
-    (dashed,) = (line for line in axes.lines if line.get_linestyle() == '--')
+    (dashed,) = (line for line in axes.lines if line.get_linestyle() == '--' and len(line.get_xdata()))
     assert [list(line.get_xdata()) for line in solid[:2]] == [[1, 2]] * 2
     assert list(solid[1].get_ydata()) == [76.5, 77.5]
     assert list(dashed.get_ydata()) == [76.4, 79.6]
+
+
+def test_one_that_is_far_below_gets_a_panel_without_it(monkeypatch, tmp_path) -> None:
+    import figures
+
+    drawn: list[Any] = []
+    monkeypatch.setattr(figures, '_save', lambda figure, axes, path: drawn.append(figure.axes))
+    accuracies = {'relu': 98.5, 'atac': 99.0, 'se_act': 60.0}
+    figures.plot_blocks('', [row(0, a, activation=name) for name, a in accuracies.items()], tmp_path, {})
+    for few in (dict(relu=99.0), dict(relu=99.0, se_act=60.0), dict(relu=99.0, atac=98.0, se_act=97.0)):
+        figures.plot_blocks('', [row(0, a, activation=name) for name, a in few.items()], tmp_path, {})
+    figures.plot_blocks('', [row(0, a, activation=n) for n, a in dict(accuracies, relu=99.0).items()], tmp_path, {})
+    (everything, others), *single, (_, equal) = drawn
+    assert [len(axes) for axes in single] == [1, 1, 1] and len(others.lines) == len(everything.lines)
+    assert equal.get_ylim() == (98.5, 99.5)
+    low, high = others.get_ylim()
+    assert 98 < low < 98.5 < 99 < high < 99.5
+
+
+def test_without_output_nothing_is_written(tmp_path, capsys) -> None:
+    path = write_csv(tmp_path, [row()])
+    before = sorted(tmp_path.iterdir())
+    assert tables.main([str(path)]) == 0
+    assert 'ATAC' in capsys.readouterr().out and sorted(tmp_path.iterdir()) == before
 
 
 def test_imagenet_table(capsys) -> None:

@@ -26,7 +26,7 @@ from network_folder import write_folder
 from options import parse_args, runs
 from run_log import Log, LogError, TensorBoardLog, WandbLog
 from store import Result, Row, Store, StoreError, device_name
-from tables import write
+from tables import tables, write
 from timm.utils import init_distributed_device
 from tqdm import tqdm
 from training import CheckpointError, Machine, Progress, Trainer
@@ -105,7 +105,7 @@ def train(run: Run, data: ImageData, store: Store, machine: Machine, args: argpa
     trainer.agree(checkpoint)
     first = trainer.progress.epoch
     label = f'{run.activation} b={run.blocks} seed={run.seed}'
-    progress = tqdm(total=run.epochs, initial=first, desc=label, leave=False, unit='epoch', disable=machine.rank > 0)
+    progress = tqdm(total=run.epochs, initial=first, desc=label, leave=False, unit='epoch', disable=_no_bars(machine))
     with progress, ExitStack() as closed:
         logs = _logs(run, store, first, args) if machine.rank == 0 else []
         for log in logs:
@@ -143,6 +143,11 @@ def _logs(run: Run, store: Store, first_epoch: int, args: argparse.Namespace) ->
     return logs
 
 
+def _no_bars(machine: Machine) -> bool | None:
+    """For tqdm: None is no bars in a log file, which gets a line a run instead."""
+    return True if machine.rank > 0 else None
+
+
 def report(asked: list[Run], trained: list[Run], store: Store, interrupted: bool, export: bool) -> None:
     """Say what was done and what was not, and write tables and plots of all rows."""
     rows = store.rows()
@@ -159,10 +164,10 @@ def report(asked: list[Run], trained: list[Run], store: Store, interrupted: bool
             print(f'{len(missing)} of {len(asked)} runs are left to the processes that are at them.', file=sys.stderr)
     if not rows:
         return
-    text, plots = write(rows, store.folder)
-    print(f'\n{text}\n\nRows: {store.csv}\nTables: {store.folder / "tables.md"}')
-    for path in plots:
-        print(f'Plot: {path}')
+    text = tables(rows)
+    print(f'\n{text}\n\nRows: {store.csv}')
+    for path in write(rows, text, store.folder):
+        print(f'{"Plot" if path.suffix == ".png" else "Tables"}: {path}')
     if export:
         _report_networks([run for run in asked if run not in missing], store)
 
@@ -185,7 +190,7 @@ def train_all(
     """Train what no other process has done or is at: those runs, and whether the user broke it off."""
     trained: list[Run] = []
     # twice, since a process that was at a run in the first pass may have died
-    with tqdm(total=len(todo), unit='run', disable=machine.rank > 0) as progress:
+    with tqdm(total=len(todo), unit='run', disable=_no_bars(machine)) as progress:
         try:
             for run in [*todo, *todo]:
                 if run in trained:
@@ -196,6 +201,8 @@ def train_all(
                         progress.set_postfix_str(f'{run.activation} b={run.blocks}: {row.result.accuracy:.2f}')
                         progress.update()
                         trained.append(run)
+                        if machine.rank == 0 and progress.disable:
+                            print(f'{run.name}: {row.result.accuracy:.2f} %', file=sys.stderr, flush=True)
         except KeyboardInterrupt:
             return trained, True
     return trained, False

@@ -57,7 +57,7 @@ def write_folder(model: nn.Module, folder: Path, run: Run, result: Result, data:
 def _hyperparameters(run: Run) -> dict[str, object]:
     return {
         'optimizer': 'SGD with Nesterov momentum 0.9',
-        'learning rate': f'{run.lr:g}, {SCHEDULES[run.sched]}',
+        'learning rate': f'{run.lr:g}, {SCHEDULES[run.sched] if run.epochs > 1 else run.sched}',
         'weight decay': f'{run.weight_decay:g}, on every parameter',
         'epochs': run.epochs,
         'batch size': run.batch_size,

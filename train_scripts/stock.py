@@ -164,7 +164,9 @@ def download(version: str, folder: Path) -> None:
         StockError: It could not be done: what was tried, why it failed, and what to do instead.
     """
     url = ARCHIVE.format(version=version)
-    remedy = f'git clone --depth 1 --branch v{version} {REPOSITORY}, and set TIMM_SCRIPTS=pytorch-image-models'
+    remedy = (
+        f'git clone --depth 1 --branch v{version} {REPOSITORY}, and `export TIMM_SCRIPTS=$PWD/pytorch-image-models`'
+    )
     if not re.fullmatch(r'[\d.]+', version):
         raise StockError(f'timm {version} is no release; set TIMM_SCRIPTS to the checkout that it comes from')
     print(f'stock.py: downloading {url} to {folder}', file=sys.stderr)

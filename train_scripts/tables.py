@@ -1,12 +1,15 @@
 #!/usr/bin/env python
 """The paper's tables and figures from the rows that `ablation.py` has written, next to what the authors report.
 
-python train_scripts/tables.py results/ablation/ablation.csv --output results/tables
-python train_scripts/tables.py --imagenet
+Prints Markdown, and writes it with the plots where that is asked for:
+
+    python train_scripts/tables.py results/ablation/ablation.csv --output results/ablation-tables
+    python train_scripts/tables.py --imagenet
 """
 
 import argparse
 import csv
+import itertools
 import statistics
 import sys
 from collections.abc import Iterable, Sequence
@@ -65,7 +68,8 @@ def _group(rows: list[Row]) -> Group:
     run = rows[0].run
     dataset = DATASETS.get(run.dataset, run.dataset)
     unusual = {key: value for key, value in run.unusual().items() if key != 'epochs'}
-    settings = [f'{run.epochs} epochs', *(f'{key} {value}' for key, value in unusual.items())]
+    epochs = f'{run.epochs} epoch{"s" * (run.epochs > 1)}'
+    settings = [epochs, *(f'{key} {value}' for key, value in unusual.items())]
     title = f'{dataset}, {", ".join(settings)}'
     return Group(title, '-'.join([dataset_name(run.dataset), *(s.replace(' ', '_') for s in settings)]), rows)
 
@@ -101,8 +105,8 @@ def _head(title: str, rows: list[Row], reported: dict[Cell, float]) -> str:
     spread = f'mean ± standard deviation over {count} seeds' if seeds[-1] > 1 else 'one seed'
     compared = any(dataset == rows[0].run.dataset for dataset, _, _ in reported)
     brackets = (
-        '; in brackets what the authors report, and how far the mean of our best epochs is from it: their script keeps '
-        'the epoch that is best on the test set'
+        '; then the mean of the best epochs, and in brackets what the authors report and how far that is from it, '
+        'since their script keeps the epoch that is best on the test set'
         if compared
         else ''
     )
@@ -114,9 +118,10 @@ def _cell(rows: list[Row], reported: float | None) -> str:
     text = mean_and_spread(found)
     if reported is None:
         return text
-    best = [row.result.best_accuracy for row in rows]
-    difference = f', {statistics.mean(best) - reported:+.2f}' if best else ''
-    return f'{text} ({reported:.2f}{difference})'.strip()
+    if not rows:
+        return f'({reported:.2f})'
+    best = statistics.mean(row.result.best_accuracy for row in rows)
+    return f'{text}, best {best:.2f} ({reported:.2f}, {best - reported:+.2f})'
 
 
 def mean_and_spread(values: Sequence[float]) -> str:
@@ -187,30 +192,34 @@ def markdown(lines: list[list[str]]) -> str:
     )
 
 
-def write(rows: list[Row], output: Path) -> tuple[str, list[Path]]:
-    """Write `tables.md` and the plots; the text of the first and the paths of the second."""
+def tables(rows: list[Row]) -> str:
+    """All tables that the rows make."""
     reported = read_reported()
-    texts: list[str] = []
-    plots: list[Path] = []
-    for group in groups(rows):
-        texts += filter(None, [accuracy_table(group, reported), act_stages_table(group)])
-        if accuracy_table(group, reported):
-            plots.append(plot_blocks(group.title, group.rows, output / f'{group.name}.png', reported))
-        if act_stages_table(group):
-            plots.append(plot_act_stages(group.title, group.rows, output / f'{group.name}-act_stages.png'))
-    text = '\n\n'.join(texts)
-    with replaced_file(output / 'tables.md') as file:
+    found = ((accuracy_table(group, reported), act_stages_table(group)) for group in groups(rows))
+    return '\n\n'.join(filter(None, itertools.chain(*found)))
+
+
+def write(rows: list[Row], text: str, output: Path) -> list[Path]:
+    """Write `text` as tables.md, and the plots that the rows make: the files' paths."""
+    reported = read_reported()
+    paths = [output / 'tables.md']
+    with replaced_file(paths[0]) as file:
         file.write(f'{text}\n'.encode())
-    return text, plots
+    for group in groups(rows):
+        if accuracy_table(group, reported):
+            paths.append(plot_blocks(group.title, group.rows, output / f'{group.name}.png', reported))
+        if act_stages_table(group):
+            paths.append(plot_act_stages(group.title, group.rows, output / f'{group.name}-act_stages.png'))
+    return paths
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('csv', nargs='*', type=Path, metavar='CSV', help='files that ablation.py has written')
     parser.add_argument(
-        '--output', type=Path, metavar='DIR', help='folder for tables.md and plots (default: that of the first CSV)'
+        '--output', type=Path, metavar='DIR', help='also write tables.md and the plots, into this folder'
     )
-    parser.add_argument('--imagenet', action='store_true', help='also print Table 4, from the registry')
+    parser.add_argument('--imagenet', action='store_true', help='Table 4 as well, from the registry')
     args = parser.parse_args(argv)
     if not args.csv and not args.imagenet:
         parser.error('nothing to do: give CSV files, or --imagenet')
@@ -218,15 +227,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         rows = merge([row for path in args.csv for row in read_rows(path)])
         if args.csv and not rows:
             parser.error(f'no rows in {", ".join(map(str, args.csv))}')
-        if rows:
-            text, plots = write(rows, args.output or args.csv[0].parent)
-            print(text, *(f'Plot: {path}' for path in plots), sep='\n\n')
+        text = '\n\n'.join(filter(None, [tables(rows), imagenet_table() if args.imagenet else '']))
+        print(text)
+        if args.output:
+            print('\nWrote:', *write(rows, text, args.output), sep='\n')
     except ImportError as error:
         parser.error(f"{error}; it comes with `pip install 'timm_atac[viz]'`")
     except (OSError, StoreError) as error:
         parser.error(str(error))
-    if args.imagenet:
-        print(imagenet_table())
     return 0
 
 
