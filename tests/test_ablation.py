@@ -186,7 +186,11 @@ def test_interrupt_keeps_rows_and_checkpoint(tmp_path, monkeypatch, capsys) -> N
 
     command = ['--acts', 'relu', 'silu', '--seeds', 1, '--epochs', 1, '--size', 8, '--output', tmp_path]
     monkeypatch.setattr(ablation.Trainer, 'save', interrupted)
-    assert run(*command) == 130
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    try:
+        assert run(*command) == 130
+    finally:
+        signal.signal(signal.SIGINT, handler)
     captured = capsys.readouterr()
     assert 'Interrupted: 1 of 2 runs are left; the same command goes on.' in captured.err
     assert '| ReLU' in captured.out
