@@ -12,12 +12,8 @@ import torch.nn as nn
 from packaging.version import Version
 
 SMALL = 2.0  # million parameters: a model up to here is walked in every run, all others with --all-hosts
-SLOW = {
-    'byobnet',
-    'maxxvit',
-    'nfnet',
-    'vision_transformer',
-}  # small, but of large images or many tokens: with the others
+# small too, but with much to compute: with the others
+SLOW = {'byobnet', 'dla', 'efficientnet', 'maxxvit', 'mobilenetv3', 'nfnet', 'vision_transformer'}
 WAYS = {'By `act_layer`': hosts.by_act_layer, 'By `replace_activations`': hosts.by_replacing}
 PAGE = hosts.PAGE.read_text()
 TIMM = PAGE.splitlines()[0].split()[-1]
@@ -62,7 +58,7 @@ def test_every_module_is_there() -> None:
     for title in WAYS:
         missing = [module for module in hosts.host_modules() if (title, module) not in rows]
         assert not missing, 'python tests/hosts.py writes the page anew'
-    assert sum(quick(module, row) for (_, module), row in rows.items()) >= 20
+    assert sum(quick(module, row) for (_, module), row in rows.items()) >= 16
 
 
 @pytest.mark.slow
