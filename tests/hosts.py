@@ -105,11 +105,12 @@ def by_size(module: str) -> list[str]:
     return sorted(counts, key=lambda name: (counts[name], name))
 
 
-def by_act_layer(module: str) -> Row:
-    """Put ATAC in by name or else as a class; into the smallest model that has the argument."""
-    name = next((name for name in by_size(module) if _takes_act_layer(name)), None)
+def by_act_layer(module: str, model: str | None = None) -> Row:
+    """Put ATAC in by name or else as a class; into `model`, or else the smallest model that has the argument."""
+    names = [model] if model else by_size(module)
+    name = next((name for name in names if takes_act_layer(name)), None)
     if name is None:
-        return Row(module, by_size(module)[0], '-', NO_ACT_LAYER)
+        return Row(module, names[0], '-', NO_ACT_LAYER)
     reasons = []
     for way, acts in (('name', ('atac', 'se_act', 'nin')), ('class', (ATAC, SEActivation, NiN))):
         row = _row(module, name, way, *(partial(timm.create_model, name, act_layer=act) for act in acts))
@@ -120,9 +121,9 @@ def by_act_layer(module: str) -> Row:
     return Row(module, name, '-', f'{reasons[0]}; as a class: {reasons[1]}' if different else reasons[0])
 
 
-def by_replacing(module: str) -> Row:
-    """Put ATAC in the place of what is there; into the smallest model."""
-    name = by_size(module)[0]
+def by_replacing(module: str, model: str | None = None) -> Row:
+    """Put ATAC in the place of what is there; into `model`, or else the smallest model."""
+    name = model or by_size(module)[0]
 
     def make(act: str, **kwargs) -> nn.Module:
         return replace_activations(timm.create_model(name, **kwargs), act)
@@ -133,7 +134,7 @@ def by_replacing(module: str) -> Row:
     return _row(module, name, 'replace', *(partial(make, act) for act in ('atac', 'se_act', 'nin')))
 
 
-def _takes_act_layer(name: str) -> bool:
+def takes_act_layer(name: str) -> bool:
     """Whether a model takes the argument at all: another error counts as yes, and shows later."""
     try:
         with torch.device('meta'):
@@ -314,7 +315,7 @@ def reason(error: Exception) -> str:
 
 def widths(name: str) -> tuple[str, str, str]:
     """Check a model's units for their widths alone, on meta: name of the model, way in, and 'ok' or why not."""
-    if not _takes_act_layer(name):
+    if not takes_act_layer(name):
         return name, '-', NO_ACT_LAYER
     x = torch.zeros(2, *timm.get_pretrained_cfg(name).input_size, device='meta')  # type: ignore[union-attr]
     result = ''

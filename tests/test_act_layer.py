@@ -22,16 +22,13 @@ def test_size_is_what_is_known_of_resnet50() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    'models', [['resnet18', 'regnety_008'], pytest.param([*act_layer.MODELS], marks=pytest.mark.all_hosts)], ids=len
-)
-def test_readme_has_the_sizes(models, monkeypatch, capsys) -> None:
-    monkeypatch.setattr('sys.argv', ['act_layer.py', *models])
+def test_readme_has_the_sizes(monkeypatch, capsys) -> None:
+    monkeypatch.setattr('sys.argv', ['act_layer.py'])
     act_layer.main()
-    readme = (Path(__file__).parent.parent / 'README.md').read_text().splitlines()
-    table = capsys.readouterr().out.splitlines()
-    assert len(table) == 2 + len(models)
-    assert {*table} <= {*readme}
+    readme = (Path(__file__).parent.parent / 'README.md').read_text()
+    table = capsys.readouterr().out
+    assert table.count('\n') == 2 + len(act_layer.MODELS)
+    assert table in readme
 
 
 def test_ways() -> None:

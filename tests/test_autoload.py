@@ -31,11 +31,15 @@ print('timm alone')
 # modules that somebody may import first, of each kind
 FIRST = (
     '_register',
+    '_timm',
     'atac_resnet',
     'cli',
+    'complete',
     'hub',
     'layers',
+    'params',
     'pretrained',
+    'replace',
     'viz',
 )
 IMPORT_ORDERS = [
