@@ -66,7 +66,8 @@ def check(todo: list[Run], data: dict[str, ImageData], store: Store, export: boo
                 f'--batch-size {run.batch_size} with {count} training images in {run.processes} process(es): expected '
                 f'a multiple of {run.processes} from {2 * run.processes} to {count}.'
             )
-        if export and store.network(run).exists() and not store.checkpoint(run).exists():
+        # asked in this order, a process that finishes the run meanwhile is no error
+        if export and store.network(run).exists() and not store.checkpoint(run).exists() and not store.has(run):
             raise StoreError(f'{store.network(run)} is there already, without a row: remove it.')
     for run in {r._replace(seed=0): r for r in todo}.values():
         images = data[run.dataset]

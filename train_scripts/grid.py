@@ -34,8 +34,6 @@ FIGURE = {
     'gelu': Activation('GELU', dict(act_layer='gelu')),
     'prelu': Activation('PReLU', dict(act_layer='prelu')),
 }
-
-
 LABELS = {known.label.lower(): name for name, known in {**TABLES, **FIGURE}.items()}
 
 

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -104,7 +105,7 @@ def _load_folder(root: Path, size: int) -> ImageData:
         raise DataError(
             f'{root}: train and {test_root.name} have other classes; only in one: {", ".join(sorted(only))}.'
         )
-    mode = 'L' if all(_mode(path) == 'L' for path, _ in parts[0].samples) else 'RGB'
+    mode = 'L' if all(_is_grey(path) for path, _ in parts[0].samples) else 'RGB'
     splits = [
         (torch.stack([_read(path, size, mode) for path, _ in part.samples]), torch.tensor(part.targets))
         for part in parts
@@ -114,26 +115,27 @@ def _load_folder(root: Path, size: int) -> ImageData:
     return ImageData(splits[0], splits[1], parts[0].classes, mean, std)
 
 
-def _mode(path: str) -> str:
+@contextmanager
+def _opened(path: str) -> Iterator[Image.Image]:
     try:
         with Image.open(path) as image:
-            mode = image.mode
+            if image.mode[0] in 'IF':
+                raise DataError(f'{path} has more than 8 bits a channel (mode {image.mode}): convert it.')
+            yield image
     except OSError as error:
         raise DataError(f'{path} cannot be read: {error}') from None
-    if mode[0] in 'IF':
-        raise DataError(f'{path} has more than 8 bits a channel (mode {mode}): convert it.')
-    return mode
+
+
+def _is_grey(path: str) -> bool:
+    with _opened(path) as image:
+        return image.mode == 'L'
 
 
 def _read(path: str, size: int, mode: str) -> torch.Tensor:
     """The image (C, size, size) as uint8: its shorter side scaled to `size`, its centre cut."""
-    _mode(path)
-    try:
-        with Image.open(path) as image:
-            image = transforms.functional.resize(image.convert(mode), size, transforms.InterpolationMode.BICUBIC)
-    except OSError as error:
-        raise DataError(f'{path} cannot be read: {error}') from None
-    return transforms.functional.pil_to_tensor(transforms.functional.center_crop(image, [size]))
+    with _opened(path) as image:
+        scaled = transforms.functional.resize(image.convert(mode), size, transforms.InterpolationMode.BICUBIC)
+    return transforms.functional.pil_to_tensor(transforms.functional.center_crop(scaled, [size]))
 
 
 def _mean_and_std(channel: torch.Tensor) -> tuple[float, float]:
