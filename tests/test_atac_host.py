@@ -40,7 +40,8 @@ def save(model: nn.Module, folder: Path, **model_args) -> str:
 
 def units(model: nn.Module) -> dict[str, tuple[str, int | None, str]]:
     found = {name: m for name, m in model.named_modules() if isinstance(m, ChannelModule)}
-    return {name: (type(m).__name__, m.channels, m.input_fmt) for name, m in found.items()}
+    # ATAC and ATACMe have one name
+    return {name: (type(m).__name__.removesuffix('Me'), m.channels, m.input_fmt) for name, m in found.items()}
 
 
 HOSTS: dict[str, tuple[str, dict[str, Any]]] = {

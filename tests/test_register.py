@@ -10,7 +10,7 @@ from packaging.version import Version
 from timm.models import nfnet
 from timm_tests import OUR_MODULES
 
-from timm_atac import ATAC, _register, _timm
+from timm_atac import ATAC, ATACMe, _register, _timm
 
 
 def test_oldest_timm_is_what_the_package_requires() -> None:
@@ -50,7 +50,9 @@ def test_forget_removes_what_is_ours_and_nothing_else() -> None:
     finally:
         _register.register()
     assert tables == before
-    assert timm.layers.get_act_layer('atac') is ATAC
+    assert timm.layers.get_act_layer('atac') is ATACMe
+    with timm.layers.set_scriptable(True):
+        assert timm.layers.get_act_layer('atac') is ATAC
 
 
 def test_registering_twice_changes_nothing(recwarn) -> None:

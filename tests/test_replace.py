@@ -10,7 +10,7 @@ import torch
 import torch.nn as nn
 import torchvision
 
-from timm_atac import ATAC, NiN, replace_activations
+from timm_atac import ATAC, ATACMe, NiN, replace_activations
 from timm_atac.plan import UnitPerWidth
 
 
@@ -148,7 +148,7 @@ def test_names_are_those_of_the_place() -> None:
     shared = nn.ReLU()
     model: Any = nn.Sequential(nn.Sequential(nn.Conv2d(3, 8, 1), shared), nn.Sequential(nn.Conv2d(8, 8, 1), shared))
     replace_activations(model, where='1.*', example_input=X)
-    assert [type(block[1]) for block in model] == [nn.ReLU, ATAC]
+    assert [type(block[1]) for block in model] == [nn.ReLU, ATACMe]
 
 
 def test_hooks_of_one_place_do_not_hear_of_another() -> None:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .layers import LocalSE as LocalSE
     from .layers import NiN as NiN
     from .layers import SEActivation as SEActivation
+    from .lean import ATACMe as ATACMe
     from .replace import replace_activations as replace_activations
     from .weights.params import ParamsError as ParamsError
     from .weights.params import read_params as read_params
@@ -22,6 +23,7 @@ __version__ = '0.1.0'
 
 _HOMES = {
     'ATAC': 'layers',
+    'ATACMe': 'lean',
     'AtacResNet': 'atac_resnet',
     'CifarResNet': 'cifar_resnet',
     'LocalSE': 'layers',

@@ -24,14 +24,15 @@ def register() -> None:
 
     from timm.models import is_model, model_entrypoint, register_model
 
-    from . import _timm, layers
+    from . import _timm
+    from .layers import ACTIVATIONS as activations
+    from .lean import ACTIVATIONS_ME as lean
 
-    activations = layers.ACTIVATIONS
     gains = {'atac': GATED, 'se_act': GATED, 'nin': 1.0}  # NiN ends with a BN
     modules = [import_module(f'{__package__}.{name}') for name in MODULES]
     networks = {name: getattr(module, name) for module in modules for name in module.default_cfgs}
 
-    taken = [f'activation {name!r}' for name, layer in activations.items() if _timm.get_act(name, layer) is not layer]
+    taken = [f'activation {name!r}' for name, act in activations.items() if _timm.acts(name) - {act, lean.get(name)}]
     taken += [f'model {name!r}' for name, fn in networks.items() if is_model(name) and model_entrypoint(name) is not fn]
     if taken:
         raise RuntimeError(f'{", ".join(taken)} is taken by somebody else')
@@ -40,7 +41,7 @@ def register() -> None:
             if not is_model(entry_function.__name__):
                 register_model(entry_function)
         for name, layer in activations.items():
-            _timm.add_act(name, layer, gains[name])
+            _timm.add_act(name, layer, lean.get(name), gains[name])
     except BaseException:
         _timm.forget(
             networks=networks,

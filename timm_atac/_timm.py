@@ -17,17 +17,18 @@ _ACT_FNS = cast(dict[str, Callable], create_act._ACT_FN_DEFAULT)
 _GAINS = cast(dict[str, float], nfnet._nonlin_gamma)
 
 
-def get_act(name: str, default: type[nn.Module]) -> type[nn.Module]:
-    """What `get_act_layer` would give for a name, `default` where it knows none of that name."""
-    return _ACT_LAYERS_ME.get(name, _ACT_LAYERS.get(name, default))
+def acts(name: str) -> set[type[nn.Module]]:
+    """What `get_act_layer` may give for a name, depending on the configuration."""
+    return {by_name[name] for by_name in (_ACT_LAYERS_ME, _ACT_LAYERS) if name in by_name}
 
 
-def add_act(name: str, layer: type[nn.Module], gain: float) -> None:
+def add_act(name: str, layer: type[nn.Module], lean: type[nn.Module] | None, gain: float) -> None:
     """Make an activation known to timm by name.
 
     Args:
         name: For `get_act_layer`, `create_act_layer` and the NFNets.
         layer: What the name stands for.
+        lean: Its memory-efficient form, which timm prefers unless a model is to be exported or scripted.
         gain: 1 / standard deviation of its output for a standard normal input, by which an NFNet scales its weights.
     """
 
@@ -38,6 +39,8 @@ def add_act(name: str, layer: type[nn.Module], gain: float) -> None:
         )
 
     _ACT_LAYERS[name] = layer
+    if lean is not None:
+        _ACT_LAYERS_ME[name] = lean
     _ACT_FNS[name] = refuse  # for `get_act_fn`: an NFNet with `gamma_in_act`
     _GAINS[name] = gain
 
@@ -50,7 +53,7 @@ def forget(networks: Collection[str], modules: Collection[str], activations: Col
             for key in [key for key in table if key in modules or str(key).split('.')[0] in networks]:
                 table.pop(key) if isinstance(table, dict) else table.discard(key)
     for name in activations:
-        for by_name in (_ACT_LAYERS, _ACT_FNS, _GAINS):
+        for by_name in (_ACT_LAYERS, _ACT_LAYERS_ME, _ACT_FNS, _GAINS):
             by_name.pop(name, None)
 
 

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from . import _timm
 from .layers import ACTIVATIONS
+from .lean import ACTIVATIONS_ME
 from .plan import Plan, Replaced, floating
 from .selection import Selection, Where
 from .trace import Trace, is_activation, trace
@@ -169,7 +170,9 @@ def _check_act(act: LayerType) -> None:
 
 def _act_name(act: LayerType) -> str | None:
     """The name under which timm knows a unit, None for what it does not know."""
-    return act if isinstance(act, str) else next((n for n, layer in ACTIVATIONS.items() if layer is act), None)
+    if isinstance(act, str):
+        return act
+    return next((n for table in (ACTIVATIONS, ACTIVATIONS_ME) for n, layer in table.items() if layer is act), None)
 
 
 def _inputs(model: nn.Module, example_input: Any) -> tuple:

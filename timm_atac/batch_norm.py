@@ -1,0 +1,162 @@
+"""A BatchNorm as two functions, forward and backward, with what the one has to know of the other in between.
+
+Autograd's BatchNorm keeps its input. Here a caller keeps what it likes, and computes the rest again by the statistics
+of the first time.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from timm.layers.norm_act import FrozenBatchNorm2d  # of torchvision; timm's `freeze` puts it in
+
+__all__ = ['BatchNorm', 'Statistics', 'is_autocast_enabled']
+
+_aten = torch.ops.aten
+
+
+def is_autocast_enabled(device: torch.device) -> bool:
+    """Whether autocast changes what runs on a device, some of which (`meta`) have none."""
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+
+
+class Statistics(NamedTuple):
+    """What a map was normalised by."""
+
+    mean: torch.Tensor  # (C,)
+    spread: torch.Tensor  # (C,): 1 / standard deviation of a batch, or a running variance
+    values: torch.Tensor | None = None  # (1,): how many a channel, where processes share their statistics
+
+
+class BatchNorm(NamedTuple):
+    """What a layer does in this pass; the functions take its weight and bias, so that autograd sees them as inputs."""
+
+    running_mean: torch.Tensor | None
+    running_var: torch.Tensor | None
+    by_batch: bool
+    momentum: float
+    eps: float
+    group: Any  # the processes that share statistics, None for this one alone
+
+    @staticmethod
+    def knows(norm: Any) -> bool:
+        """Whether a layer is one of PyTorch's, with parameters that keep the statistics' precision."""
+        if type(norm) not in (nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d):
+            return False
+        if type(norm) is FrozenBatchNorm2d and is_autocast_enabled(norm.weight.device):
+            return False  # it returns float32 then, unlike the others
+        return norm.weight is None or norm.weight.dtype in (torch.float32, torch.float64)
+
+    @classmethod
+    def of(cls, norm: Any) -> 'BatchNorm':
+        """Read a layer's state, and count the batch as its forward pass does."""
+        if type(norm) is FrozenBatchNorm2d:
+            return cls(norm.running_mean, norm.running_var, False, 0.0, norm.eps, None)
+        momentum = 0.0 if norm.momentum is None else norm.momentum
+        if norm.training and norm.track_running_stats and norm.num_batches_tracked is not None:
+            norm.num_batches_tracked.add_(1)
+            if norm.momentum is None:
+                momentum = 1.0 / float(norm.num_batches_tracked)
+        group = None
+        if type(norm) is nn.SyncBatchNorm and norm.training and dist.is_available() and dist.is_initialized():
+            group = norm.process_group or dist.group.WORLD
+            group = group if dist.get_world_size(group) > 1 else None
+        tracked = not norm.training or norm.track_running_stats
+        running = (norm.running_mean, norm.running_var) if tracked else (None, None)
+        by_batch = norm.training or norm.running_mean is None
+        return cls(running[0], running[1], by_batch, momentum, norm.eps, group)
+
+    def forward(self, h: torch.Tensor, weight: Any, bias: Any) -> tuple[torch.Tensor, Statistics]:
+        """Normalise (B, C, H, W), and update the running statistics."""
+        if self.group is not None:
+            statistics = self._shared(h)
+        elif self.by_batch:
+            args = (weight, bias, self.running_mean, self.running_var, True, self.momentum, self.eps)
+            y, mean, invstd = torch.native_batch_norm(h, *args)
+            return y, Statistics(mean, invstd)
+        else:
+            assert self.running_mean is not None and self.running_var is not None
+            statistics = Statistics(self.running_mean, self.running_var)
+        return self.again(h, weight, bias, statistics), statistics
+
+    def again(self, h: torch.Tensor, weight: Any, bias: Any, statistics: Statistics) -> torch.Tensor:
+        """Normalise by known statistics."""
+        mean, spread, _ = statistics
+        if not self.by_batch:
+            return F.batch_norm(h, mean, spread, weight, bias, False, 0.0, self.eps)
+        return F.batch_norm(h, mean, spread.pow(-2), weight, bias, False, 0.0, 0.0)
+
+    def backward(
+        self, grad: torch.Tensor, h: torch.Tensor, weight: Any, statistics: Statistics
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """Gradients of input, weight and bias."""
+        if self.group is not None:
+            return self._shared_backward(grad, h, weight, statistics)
+        mean, spread, _ = statistics
+        known = (None, None, mean, spread) if self.by_batch else (mean, spread, None, None)
+        mask = [True, weight is not None, weight is not None]
+        return _aten.native_batch_norm_backward(grad, h, weight, *known, self.by_batch, self.eps, mask)
+
+    def by_autograd(self, h: torch.Tensor, weight: Any, bias: Any) -> torch.Tensor:
+        """Normalise as PyTorch does, leaving the running statistics alone.
+
+        Raises:
+            RuntimeError: Processes share the statistics.
+        """
+        if self.group is not None:
+            raise RuntimeError(
+                'A SyncBatchNorm has no second derivative (create_graph=True): differentiate twice with BatchNorm2d, '
+                'or with the norms in eval mode.'
+            )
+        if self.by_batch:
+            return F.batch_norm(h, None, None, weight, bias, True, 0.0, self.eps)
+        return F.batch_norm(h, self.running_mean, self.running_var, weight, bias, False, 0.0, self.eps)
+
+    def _shared(self, h: torch.Tensor) -> Statistics:
+        """Mean and deviation over the batches of all processes, which may have different sizes, or none.
+
+        Sends what `SyncBatchNorm` sends, so that a process may use the one while another uses the other.
+        """
+        dtype = torch.float64 if h.dtype == torch.float64 else torch.float32
+        count = torch.full((1,), h.numel() // h.shape[1], dtype=dtype, device=h.device)
+        if h.numel() > 0:
+            var, mean = torch.var_mean(h.to(dtype), (0, 2, 3), correction=0)
+            mine = torch.cat((mean, (var + self.eps).rsqrt(), count))
+        else:
+            mine = torch.zeros(2 * h.shape[1] + 1, dtype=dtype, device=h.device)
+        everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size(self.group))]
+        dist.all_gather(everyone, mine, group=self.group)
+        means, invstds, counts = torch.stack(everyone).split((h.shape[1], h.shape[1], 1), dim=1)
+        count = counts.sum(0)
+        mean = (means * counts).sum(0) / count
+        variances = torch.where(counts > 0, invstds.pow(-2) - self.eps, 0)
+        var = ((variances + (means - mean) ** 2) * counts).sum(0) / count
+        if self.running_mean is not None and self.running_var is not None:
+            self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
+            self.running_var.lerp_((var * count / (count - 1)).to(self.running_var.dtype), self.momentum)
+        return Statistics(mean, (var + self.eps).rsqrt(), count)
+
+    def _shared_backward(
+        self, grad: torch.Tensor, h: torch.Tensor, weight: Any, statistics: Statistics
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """As `backward`; gradients of weight and bias are of this process's batch, for DDP to average."""
+        mean, invstd, values = statistics
+        scale = invstd if weight is None else weight.to(invstd.dtype) * invstd
+        if h.numel() > 0:
+            known = (torch.ones_like(mean), None, None, mean, invstd)
+            mask = [False, True, True]
+            _, grad_weight, grad_bias = _aten.native_batch_norm_backward(grad, h, *known, True, self.eps, mask)
+        else:  # which PyTorch divides by
+            grad_weight = grad_bias = torch.zeros_like(mean)
+        sums = torch.cat((grad_bias, grad_weight / invstd))  # of gradients, and of those times x - mean
+        dist.all_reduce(sums, group=self.group)
+        by_one, by_x = sums.split(len(mean))
+        by_x = -scale * invstd**2 * by_x / values
+        by_one = -scale * by_one / values - by_x * mean
+        by_one, by_x, by_grad = (v.to(h.dtype).view(1, -1, 1, 1) for v in (by_one, by_x, scale))
+        grad_h = torch.addcmul(by_one, h, by_x).addcmul_(grad, by_grad)
+        if weight is None:
+            return grad_h, None, None
+        return grad_h, grad_weight.to(weight.dtype), grad_bias.to(weight.dtype)

@@ -1,0 +1,182 @@
+"""ATAC for training in little memory: the same unit, whose backward pass computes again what autograd would keep.
+
+What a unit keeps of a map of T bytes for the backward pass, its output included, which the next layer keeps:
+
+| form               | kept                                               | of T |
+| ------------------ | -------------------------------------------------- | ---- |
+| `ATAC` by autograd | x, conv1's output, ReLU, conv2's output, sigmoid, y | 5    |
+| `ATACMe`           | x, conv1's output, y                               | 2.5  |
+
+Computed again is conv2, a sixth of a unit's multiply-adds in a training step. What has one value a channel is kept, so
+that the statistics of a batch are taken once.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from timm.layers.activations import Sigmoid
+from torch.autograd import forward_ad
+from torch.nn.modules import module as torch_module
+
+from .batch_norm import BatchNorm, Statistics, is_autocast_enabled
+from .layers import ATAC
+
+__all__ = ['ACTIVATIONS_ME', 'ATACMe']
+
+_aten = torch.ops.aten
+
+
+class ATACMe(ATAC):
+    """`ATAC` that keeps its input and conv1's output for the backward pass, and computes the rest again.
+
+    Parameters, results, state dict and arguments are those of `ATAC`. timm calls such a layer memory-efficient ("Me"),
+    and prefers it by name, here 'atac', unless a model is created to be exported or scripted.
+
+    It runs as `ATAC` does where nothing is kept (without gradients); where its parts have to be run one by one (under
+    `torch.compile`, exporting, tracing, scripting, torch.func and forward-mode differentiation, with hooks or
+    parametrizations on them, on tensor subclasses); and with other parts than a ReLU, a sigmoid and BatchNorms,
+    synchronized and frozen ones among them, of float32 or float64.
+
+    Raises:
+        ValueError: As `ATAC`.
+        RuntimeError: A second derivative through statistics that processes share.
+
+    Source:
+        Section III of the paper, for the unit.
+    """
+
+    def activate(self, x: torch.Tensor) -> torch.Tensor:
+        if not torch.jit.is_scripting():
+            if _in_one(self, x):
+                norms = BatchNorm.of(self.bn1), BatchNorm.of(self.bn2)
+                affine = (self.bn1.weight, self.bn1.bias, self.bn2.weight, self.bn2.bias)
+                return _Unit.apply(x, self.conv1.weight, self.conv2.weight, *affine, *norms, _compute_dtype(x))
+        return x * self.gate(self.bottleneck(x))
+
+
+# as `layers.ACTIVATIONS`; timm prefers these by name unless a model is created to be exported or scripted
+ACTIVATIONS_ME: dict[str, type[ATAC]] = {'atac': ATACMe}
+
+
+def _in_one(unit: ATACMe, x: torch.Tensor) -> bool:
+    """Whether a unit can run as one function, and has a reason to."""
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    if type(x) not in (torch.Tensor, nn.Parameter) or torch._C._are_functorch_transforms_active():
+        return False
+    if forward_ad._current_level >= 0 or torch_module._has_any_global_hook():
+        return False
+    parts = (unit.conv1, unit.bn1, unit.act, unit.conv2, unit.bn2, unit.gate)
+    return (
+        type(unit).bottleneck is ATAC.bottleneck
+        and type(unit.act) is nn.ReLU
+        and type(unit.gate) in (nn.Sigmoid, Sigmoid)
+        and _is_pointwise(unit.conv1)
+        and _is_pointwise(unit.conv2)
+        and BatchNorm.knows(unit.bn1)
+        and BatchNorm.knows(unit.bn2)
+        and not any(_is_watched(part) for part in parts)
+        # where a channel has one value, PyTorch's BatchNorm raises an error
+        and (x.numel() > x.shape[1] or type(unit.bn1) is not nn.BatchNorm2d)
+    )
+
+
+def _is_pointwise(conv: nn.Module) -> bool:
+    """Whether a layer is a convolution as `ATAC` makes them; one with a parametrization has another type."""
+    return (
+        type(conv) is nn.Conv2d
+        and (conv.kernel_size, conv.stride, conv.padding) == ((1, 1), (1, 1), (0, 0))
+        and conv.groups == 1
+        and conv.bias is None
+    )
+
+
+def _is_watched(part: nn.Module) -> bool:
+    """Whether somebody wants to be called when a part runs, or runs something else in its place."""
+    hooks = (part._forward_hooks, part._forward_pre_hooks, part._backward_hooks, part._backward_pre_hooks)
+    return any(hooks) or 'forward' in vars(part)
+
+
+def _compute_dtype(x: torch.Tensor) -> torch.dtype:
+    """What autocast lets a convolution compute in."""
+    autocast = is_autocast_enabled(x.device) and x.dtype != torch.float64
+    return torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
+
+
+def _without_autocast(device: torch.device) -> AbstractContextManager:
+    return torch.autocast(device.type, enabled=False) if is_autocast_enabled(device) else nullcontext()
+
+
+class _Unit(torch.autograd.Function):
+    """`ATAC` as one operation; the arguments are the input, weights, weights and biases of the norms, and constants."""
+
+    @staticmethod
+    def forward(ctx: Any, x, weight1, weight2, scale1, shift1, scale2, shift2, norm1, norm2, dtype):
+        with _without_autocast(x.device):
+            hidden = F.conv2d(x.to(dtype), weight1.to(dtype))
+            y, statistics1 = norm1.forward(hidden, scale1, shift1)
+            y, statistics2 = norm2.forward(F.conv2d(y.relu_(), weight2.to(dtype)), scale2, shift2)
+            y = y.sigmoid_().mul_(x) if y.dtype == x.dtype else y.sigmoid_() * x
+        ctx.norms, ctx.dtype = (norm1, norm2), dtype
+        ctx.save_for_backward(x, weight1, weight2, scale1, shift1, scale2, shift2, hidden, *statistics1, *statistics2)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        constants = (None, None, None)
+        with _without_autocast(grads[0].device):
+            return (*(_by_autograd if torch.is_grad_enabled() else _backward)(ctx, *grads), *constants)
+
+
+def _backward(ctx: Any, grad_y: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    """Gradients of the first seven arguments of `_Unit`; names the gradient of a value like the value."""
+    x, weight1, weight2, scale1, shift1, scale2, shift2, hidden, *statistics = ctx.saved_tensors
+    norm1, norm2 = ctx.norms
+    statistics1, statistics2 = Statistics(*statistics[:3]), Statistics(*statistics[3:])
+    needs_x, needs_weight1, needs_weight2, *_ = ctx.needs_input_grad
+    w1, w2 = weight1.to(ctx.dtype), weight2.to(ctx.dtype)
+
+    relu = norm1.again(hidden, scale1, shift1, statistics1).relu_()
+    out = F.conv2d(relu, w2)
+    gate = norm2.again(out, scale2, shift2, statistics2).sigmoid_()
+    grad = _aten.sigmoid_backward((grad_y * x).to(gate.dtype), gate)
+    grad_x = gate.mul_(grad_y) if gate.dtype == x.dtype == grad_y.dtype else (gate * grad_y).to(x.dtype)
+    grad, grad_scale2, grad_shift2 = norm2.backward(grad, out, scale2, statistics2)
+    del out, gate
+    grad, grad_weight2 = _conv_backward(grad, relu, w2, True, needs_weight2)
+    grad = _aten.threshold_backward(grad, relu, 0)
+    grad, grad_scale1, grad_shift1 = norm1.backward(grad, hidden, scale1, statistics1)
+    grad, grad_weight1 = _conv_backward(grad, x.to(ctx.dtype), w1, needs_x, needs_weight1)
+    return (
+        grad_x.add_(grad) if needs_x else None,
+        grad_weight1.to(weight1.dtype) if needs_weight1 else None,
+        grad_weight2.to(weight2.dtype) if needs_weight2 else None,
+        grad_scale1,
+        grad_shift1,
+        grad_scale2,
+        grad_shift2,
+    )
+
+
+def _conv_backward(grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, needs_x: bool, needs_weight: bool) -> Any:
+    """Gradients of a 1x1 convolution's input and weight."""
+    pointwise = (None, (1, 1), (0, 0), (1, 1), False, (0, 0), 1)
+    return _aten.convolution_backward(grad, x, weight, *pointwise, [needs_x, needs_weight, False])[:2]
+
+
+def _by_autograd(ctx: Any, grad_y: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    """As `_backward`, such that the gradients can be differentiated."""
+    norm1, norm2 = ctx.norms
+    # views, so that the way from one argument to another, if there is one, is not counted here
+    args: list[Any] = [t if t is None else t.view_as(t) for t in ctx.saved_tensors[:7]]
+    x, weight1, weight2, *affine = args
+    with torch.enable_grad():
+        y = norm1.by_autograd(F.conv2d(x.to(ctx.dtype), weight1.to(ctx.dtype)), *affine[:2])
+        y = norm2.by_autograd(F.conv2d(y.relu(), weight2.to(ctx.dtype)), *affine[2:])
+        y = x * y.sigmoid()
+    wanted = [arg for arg, needed in zip(args, ctx.needs_input_grad, strict=False) if needed]
+    grads = iter(torch.autograd.grad(y, wanted, grad_y, create_graph=True))
+    return tuple(next(grads) if needed else None for needed in ctx.needs_input_grad[:7])
