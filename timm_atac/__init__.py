@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from . import viz as viz
     from .atac_resnet import AtacResNet as AtacResNet
     from .cifar_resnet import CifarResNet as CifarResNet
+    from .fused import fuse as fuse
     from .layers import ATAC as ATAC
     from .layers import LocalSE as LocalSE
     from .layers import NiN as NiN
@@ -30,6 +31,7 @@ _HOMES = {
     'NiN': 'layers',
     'ParamsError': 'weights.params',
     'SEActivation': 'layers',
+    'fuse': 'fused',
     'read_params': 'weights.params',
     'replace_activations': 'replace',
     'write_params': 'weights.params',

@@ -12,14 +12,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers.norm_act import FrozenBatchNorm2d  # of torchvision; timm's `freeze` puts it in
 
-__all__ = ['BatchNorm', 'Statistics', 'is_autocast_enabled']
+from .precision import is_autocast_enabled
+
+__all__ = ['BatchNorm', 'Statistics']
 
 _aten = torch.ops.aten
-
-
-def is_autocast_enabled(device: torch.device) -> bool:
-    """Whether autocast changes what runs on a device, some of which (`meta`) have none."""
-    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
 
 
 class Statistics(NamedTuple):

@@ -11,18 +11,18 @@ Computed again is conv2, a sixth of a unit's multiply-adds in a training step. W
 that the statistics of a batch are taken once.
 """
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers.activations import Sigmoid
-from torch.autograd import forward_ad
-from torch.nn.modules import module as torch_module
 
-from .batch_norm import BatchNorm, Statistics, is_autocast_enabled
+from .batch_norm import BatchNorm, Statistics
+from .eager import is_recorded, is_watched
+from .kernels.gate import gate_
 from .layers import ATAC
+from .precision import autocast_dtype, cast, without_autocast
 
 __all__ = ['ACTIVATIONS_ME', 'ATACMe']
 
@@ -53,7 +53,7 @@ class ATACMe(ATAC):
             if _in_one(self, x):
                 norms = BatchNorm.of(self.bn1), BatchNorm.of(self.bn2)
                 affine = (self.bn1.weight, self.bn1.bias, self.bn2.weight, self.bn2.bias)
-                return _Unit.apply(x, self.conv1.weight, self.conv2.weight, *affine, *norms, _compute_dtype(x))
+                return _Unit.apply(x, self.conv1.weight, self.conv2.weight, *affine, *norms, autocast_dtype(x))
         return x * self.gate(self.bottleneck(x))
 
 
@@ -63,11 +63,7 @@ ACTIVATIONS_ME: dict[str, type[ATAC]] = {'atac': ATACMe}
 
 def _in_one(unit: ATACMe, x: torch.Tensor) -> bool:
     """Whether a unit can run as one function, and has a reason to."""
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return False
-    if type(x) not in (torch.Tensor, nn.Parameter) or torch._C._are_functorch_transforms_active():
-        return False
-    if forward_ad._current_level >= 0 or torch_module._has_any_global_hook():
+    if not torch.is_grad_enabled() or is_recorded(x):
         return False
     parts = (unit.conv1, unit.bn1, unit.act, unit.conv2, unit.bn2, unit.gate)
     return (
@@ -78,7 +74,7 @@ def _in_one(unit: ATACMe, x: torch.Tensor) -> bool:
         and _is_pointwise(unit.conv2)
         and BatchNorm.knows(unit.bn1)
         and BatchNorm.knows(unit.bn2)
-        and not any(_is_watched(part) for part in parts)
+        and not any(is_watched(part) for part in parts)
         # where a channel has one value, PyTorch's BatchNorm raises an error
         and (x.numel() > x.shape[1] or type(unit.bn1) is not nn.BatchNorm2d)
     )
@@ -94,32 +90,16 @@ def _is_pointwise(conv: nn.Module) -> bool:
     )
 
 
-def _is_watched(part: nn.Module) -> bool:
-    """Whether somebody wants to be called when a part runs, or runs something else in its place."""
-    hooks = (part._forward_hooks, part._forward_pre_hooks, part._backward_hooks, part._backward_pre_hooks)
-    return any(hooks) or 'forward' in vars(part)
-
-
-def _compute_dtype(x: torch.Tensor) -> torch.dtype:
-    """What autocast lets a convolution compute in."""
-    autocast = is_autocast_enabled(x.device) and x.dtype != torch.float64
-    return torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
-
-
-def _without_autocast(device: torch.device) -> AbstractContextManager:
-    return torch.autocast(device.type, enabled=False) if is_autocast_enabled(device) else nullcontext()
-
-
 class _Unit(torch.autograd.Function):
     """`ATAC` as one operation; the arguments are the input, weights, weights and biases of the norms, and constants."""
 
     @staticmethod
     def forward(ctx: Any, x, weight1, weight2, scale1, shift1, scale2, shift2, norm1, norm2, dtype):
-        with _without_autocast(x.device):
-            hidden = F.conv2d(x.to(dtype), weight1.to(dtype))
+        with without_autocast(x.device):
+            hidden = F.conv2d(cast(x, dtype), cast(weight1, dtype))
             y, statistics1 = norm1.forward(hidden, scale1, shift1)
-            y, statistics2 = norm2.forward(F.conv2d(y.relu_(), weight2.to(dtype)), scale2, shift2)
-            y = y.sigmoid_().mul_(x) if y.dtype == x.dtype else y.sigmoid_() * x
+            y, statistics2 = norm2.forward(F.conv2d(y.relu_(), cast(weight2, dtype)), scale2, shift2)
+            y = gate_(x, y) if y.dtype == x.dtype else x * y.sigmoid_()
         ctx.norms, ctx.dtype = (norm1, norm2), dtype
         ctx.save_for_backward(x, weight1, weight2, scale1, shift1, scale2, shift2, hidden, *statistics1, *statistics2)
         return y
@@ -127,7 +107,7 @@ class _Unit(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         constants = (None, None, None)
-        with _without_autocast(grads[0].device):
+        with without_autocast(grads[0].device):
             return (*(_by_autograd if torch.is_grad_enabled() else _backward)(ctx, *grads), *constants)
 
 
@@ -137,7 +117,7 @@ def _backward(ctx: Any, grad_y: torch.Tensor) -> tuple[torch.Tensor | None, ...]
     norm1, norm2 = ctx.norms
     statistics1, statistics2 = Statistics(*statistics[:3]), Statistics(*statistics[3:])
     needs_x, needs_weight1, needs_weight2, *_ = ctx.needs_input_grad
-    w1, w2 = weight1.to(ctx.dtype), weight2.to(ctx.dtype)
+    w1, w2 = cast(weight1, ctx.dtype), cast(weight2, ctx.dtype)
 
     relu = norm1.again(hidden, scale1, shift1, statistics1).relu_()
     out = F.conv2d(relu, w2)
@@ -149,7 +129,7 @@ def _backward(ctx: Any, grad_y: torch.Tensor) -> tuple[torch.Tensor | None, ...]
     grad, grad_weight2 = _conv_backward(grad, relu, w2, True, needs_weight2)
     grad = _aten.threshold_backward(grad, relu, 0)
     grad, grad_scale1, grad_shift1 = norm1.backward(grad, hidden, scale1, statistics1)
-    grad, grad_weight1 = _conv_backward(grad, x.to(ctx.dtype), w1, needs_x, needs_weight1)
+    grad, grad_weight1 = _conv_backward(grad, cast(x, ctx.dtype), w1, needs_x, needs_weight1)
     return (
         grad_x.add_(grad) if needs_x else None,
         grad_weight1.to(weight1.dtype) if needs_weight1 else None,
@@ -174,8 +154,8 @@ def _by_autograd(ctx: Any, grad_y: torch.Tensor) -> tuple[torch.Tensor | None, .
     args: list[Any] = [t if t is None else t.view_as(t) for t in ctx.saved_tensors[:7]]
     x, weight1, weight2, *affine = args
     with torch.enable_grad():
-        y = norm1.by_autograd(F.conv2d(x.to(ctx.dtype), weight1.to(ctx.dtype)), *affine[:2])
-        y = norm2.by_autograd(F.conv2d(y.relu(), weight2.to(ctx.dtype)), *affine[2:])
+        y = norm1.by_autograd(F.conv2d(cast(x, ctx.dtype), cast(weight1, ctx.dtype)), *affine[:2])
+        y = norm2.by_autograd(F.conv2d(y.relu(), cast(weight2, ctx.dtype)), *affine[2:])
         y = x * y.sigmoid()
     wanted = [arg for arg, needed in zip(args, ctx.needs_input_grad, strict=False) if needed]
     grads = iter(torch.autograd.grad(y, wanted, grad_y, create_graph=True))

@@ -1,7 +1,7 @@
 """Which unit goes where in a finished model: decided from a watched forward pass, then done all at once, or undone."""
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -15,6 +15,7 @@ from .placement import create_activation
 from .rewrite import Untraceable, called_for_effect, rewrite, sites_of
 from .selection import Selection
 from .trace import Call, Invocation, Trace
+from .watch import floating
 
 __all__ = ['Plan', 'Replaced', 'UnitPerWidth']
 
@@ -270,9 +271,3 @@ def _width(call: Call) -> tuple[int, str]:
 
 def _join(*names: str) -> str:
     return '.'.join(name for name in names if name)
-
-
-def floating(module: nn.Module | None) -> Iterator[torch.Tensor]:
-    """Parameters and buffers of a floating-point type."""
-    if module is not None:
-        yield from (t for t in (*module.parameters(), *module.buffers()) if t.is_floating_point())

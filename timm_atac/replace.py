@@ -10,14 +10,15 @@ from typing import Any
 import torch
 import torch.nn as nn
 from timm.layers import LayerType, get_act_layer
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves
 
 from . import _timm
 from .layers import ACTIVATIONS
 from .lean import ACTIVATIONS_ME
-from .plan import Plan, Replaced, floating
+from .plan import Plan, Replaced
 from .selection import Selection, Where
 from .trace import Trace, is_activation, trace
+from .watch import example_inputs, shapes
 
 __all__ = ['Report', 'replace_activations']
 
@@ -90,7 +91,7 @@ def replace_activations(
     """
     selection = Selection(where)
     _check_act(act)
-    inputs = _inputs(model, example_input)
+    inputs = example_inputs(model, example_input)
     names: dict[nn.Module, list[str]] = defaultdict(list)
     for name, module in model.named_modules(remove_duplicate=False):
         names[module].append(name)
@@ -99,7 +100,7 @@ def replace_activations(
         seen = trace(model, inputs, watch)
     except Exception as error:
         raise ValueError(
-            f'{type(model).__name__} does not run on {_shapes(inputs)}: {type(error).__name__}: {error} '
+            f'{type(model).__name__} does not run on {shapes(inputs)}: {type(error).__name__}: {error} '
             f'Give an example_input that it takes, a tensor or a tuple of positional arguments.'
         ) from error
     selection.watch_stages(model, seen)
@@ -173,16 +174,3 @@ def _act_name(act: LayerType) -> str | None:
     if isinstance(act, str):
         return act
     return next((n for table in (ACTIVATIONS, ACTIVATIONS_ME) for n, layer in table.items() if layer is act), None)
-
-
-def _inputs(model: nn.Module, example_input: Any) -> tuple:
-    if isinstance(example_input, tuple):
-        return example_input
-    if example_input is not None:
-        return (example_input,)
-    like = next(floating(model), torch.empty(0))
-    return (torch.zeros(2, *_timm.input_size(model), device=like.device, dtype=like.dtype),)
-
-
-def _shapes(values: Any) -> Any:
-    return tree_map_only(torch.Tensor, lambda t: tuple(t.shape), values)

@@ -3,19 +3,17 @@
 Runs on the `meta` device where the model can, so that nothing is computed and no memory is spent.
 """
 
-import copy
 import re
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map_only
+
+from .watch import Watcher, run_watched
 
 __all__ = ['Call', 'Invocation', 'Trace', 'is_activation', 'trace']
 
@@ -96,68 +94,11 @@ def trace(model: nn.Module, inputs: tuple, watch: set[nn.Module]) -> Trace:
     Raises:
         Exception: What the forward pass raises on the model's own device.
     """
-    with suppress(Exception):  # meta tensors have no values to branch on, and some code makes tensors on the CPU
-        return _run(model, inputs, watch, on_meta=True)
-    return _run(model, inputs, watch, on_meta=False)
-
-
-def _run(model: nn.Module, inputs: tuple, watch: set[nn.Module], on_meta: bool) -> Trace:
-    original = {module: module for module in model.modules()}
-    if on_meta:
-        model, original = _meta_copy(model)
-        inputs = tree_map_only(torch.Tensor, _to_meta, inputs)
-    watcher = _Watcher(watch, original)
-    with ExitStack() as stack:
-        stack.enter_context(_inference(model))
-        stack.enter_context(torch.no_grad())
-        for module in original:
-            handles = (
-                module.register_forward_pre_hook(watcher.enter, with_kwargs=True, prepend=True),
-                module.register_forward_hook(watcher.leave),
-            )
-            for handle in handles:
-                stack.callback(handle.remove)
-        stack.enter_context(watcher)
-        output = model(*inputs)
+    watcher, output, on_meta = run_watched(model, inputs, lambda original: _Watcher(watch, original))
     return Trace(watcher.invocations, output, on_meta)
 
 
-def _meta_copy(model: nn.Module) -> tuple[nn.Module, dict[nn.Module, nn.Module]]:
-    """A copy without values, so that what a forward pass leaves in it (cached masks) is not left in the model.
-
-    Returns:
-        The copy, and for each of its modules the one it is a copy of.
-    """
-    memo: dict[int, Any] = {}  # deepcopy takes from here what it would have copied
-    for module in model.modules():
-        for value in (*module._parameters.values(), *module._buffers.values(), *vars(module).values()):
-            if isinstance(value, torch.Tensor):
-                memo[id(value)] = _to_meta(value)
-    copied = copy.deepcopy(model, memo)
-    return copied, {memo[id(module)]: module for module in model.modules()}
-
-
-def _to_meta(t: torch.Tensor) -> torch.Tensor:
-    meta = t.detach().to('meta')
-    return nn.Parameter(meta, requires_grad=False) if isinstance(t, nn.Parameter) else meta
-
-
-@contextmanager
-def _inference(model: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
-    buffers = {buffer: buffer.clone() for buffer in model.buffers()}
-    try:
-        model.eval()
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
-        with torch.no_grad():
-            for buffer, value in buffers.items():
-                buffer.copy_(value)
-
-
-class _Watcher(TorchFunctionMode):
+class _Watcher(Watcher):
     """Follows the channel dimension through PyTorch's functions, and keeps the stack of running modules."""
 
     def __init__(self, watch: set[nn.Module], original: Mapping[nn.Module, nn.Module]) -> None:

@@ -1,0 +1,445 @@
+"""Models fused for inference: the same function, in every way a model is run, and nothing that could be saved."""
+
+import copy
+from collections import Counter
+from typing import Any
+
+import pytest
+import timm
+import torch
+import torch.nn as nn
+from timm.layers import convert_sync_batchnorm
+from timm.models import save_for_hf
+from timm.utils import freeze
+from torch.nn.utils import parametrize
+
+from timm_atac import ATAC, ATACMe, LocalSE, NiN, SEActivation, fuse, replace_activations
+from timm_atac.fold import fold
+from timm_atac.fused import FusedATAC
+from timm_atac.kernels.gate import gate_
+
+_BATCH_NORM = nn.modules.batchnorm._BatchNorm
+
+
+def lived_in(model: Any, size: int = 32, dtype: torch.dtype = torch.float64) -> Any:
+    """A model whose norms have scales, shifts, and the statistics of a batch."""
+    model = model.to(dtype).train()
+    for norm in norms(model):
+        norm.momentum = None
+        if norm.weight is not None:
+            nn.init.uniform_(norm.weight, 0.5, 1.5)
+            nn.init.normal_(norm.bias)
+    with torch.no_grad():
+        model(images(model, size))
+    return model.eval()
+
+
+def images(model: nn.Module, size: int = 32) -> torch.Tensor:
+    like = next(model.parameters())
+    return torch.randn(8, 3, size, size, device=like.device, dtype=like.dtype)
+
+
+def norms(model: nn.Module) -> list[Any]:
+    return [m for m in model.modules() if isinstance(m, _BATCH_NORM)]
+
+
+def units(model: nn.Module) -> list[FusedATAC]:
+    return [m for m in model.modules() if isinstance(m, FusedATAC)]
+
+
+MODELS: dict[str, tuple[Any, int]] = {  # what creates it, and how many norms stay
+    'atac_resnet18': (lambda: timm.create_model('atac_resnet18'), 0),
+    'atac_resnet50_full': (lambda: timm.create_model('atac_resnet50_full', layers=(1, 1, 1, 1)), 0),
+    'atac_resnet8_cifar': (lambda: timm.create_model('atac_resnet8_cifar'), 5),  # behind additions and the stem
+    'local_se': (lambda: timm.create_model('resnet8_cifar', attn_layer='local_se'), 5),
+    'se_act': (lambda: timm.create_model('resnet8_cifar', act_layer='se_act'), 5),
+    'nin': (lambda: timm.create_model('resnet8_cifar', act_layer='nin'), 5),
+    'seresnet18': (lambda: timm.create_model('seresnet18'), 0),
+    'norm and act': (lambda: timm.create_model('test_efficientnet', act_layer='atac', num_classes=7), 0),
+    'tokens': (lambda: timm.create_model('test_vit', act_layer='atac', img_size=32), 0),
+    'channels last': (lambda: timm.create_model('test_convnext', act_layer='atac'), 0),
+    'replaced': (lambda: replace_activations(timm.create_model('dla46_c')), 0),
+    'dense': (lambda: timm.create_model('densenet121', block_config=(2, 2), growth_rate=8), 6),
+    'reparameterized by timm': (lambda: timm.create_model('repvgg_a0'), 0),
+    'features': (lambda: timm.create_model('atac_resnet18', features_only=True), 0),
+    'synchronized': (lambda: convert_sync_batchnorm(timm.create_model('atac_resnet18')), 0),
+}
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_same_function(name) -> None:
+    create, stay = MODELS[name]
+    model: Any = create()
+    if name == 'synchronized':
+        sync, model = model, timm.create_model('atac_resnet18')
+    model = lived_in(model)
+    if name == 'synchronized':
+        sync.load_state_dict(model.state_dict())
+        model = sync.double().eval()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    fused = fuse(model.train())
+    assert model.training and not fused.training
+    model.eval()
+    assert len(norms(fused)) == stay
+    assert len(units(fused)) == sum(type(m) in (ATACMe, LocalSE) for m in model.modules())
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        x = images(model).to(memory_format=memory_format)
+        given = x.clone()
+        with torch.no_grad():
+            expected, found = model(x), fused(x)
+            torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12 * scale(expected))
+        torch.testing.assert_close(fused(x), expected, rtol=1e-12, atol=1e-12 * scale(expected))  # with autograd
+        assert torch.equal(x, given)
+    after = model.state_dict()
+    assert after.keys() == before.keys() and all(torch.equal(after[key], before[key]) for key in before)
+    own = {p.data_ptr() for p in model.parameters()}
+    assert not any(p.data_ptr() in own for p in fused.parameters())
+
+
+def scale(values: Any) -> float:
+    return max(v.abs().max().item() for v in (values if isinstance(values, list) else [values]))
+
+
+@pytest.mark.parametrize('name', ['atac_resnet18', 'atac_resnet8_cifar'])
+def test_intermediates(name) -> None:
+    model = lived_in(timm.create_model(name))
+    fused: Any = fuse(model)
+    x = images(model)
+    for expected, found in zip(model.forward_intermediates(x)[1], fused.forward_intermediates(x)[1], strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-11)
+    torch.testing.assert_close(fused.forward_features(x), model.forward_features(x), rtol=1e-12, atol=1e-11)
+
+
+@pytest.mark.parametrize('unit', [ATAC, ATACMe, LocalSE])
+@pytest.mark.parametrize(
+    'options',
+    [
+        {},
+        {'act_layer': 'silu'},
+        {'act_layer': None},
+        {'gate_layer': 'hard_sigmoid'},
+        {'norm_layer': None},
+        {'norm_layer': 'groupnorm', 'channels': 64},
+        {'norm_layer': lambda c, **dd: nn.BatchNorm2d(c, affine=False, **dd)},
+        {'input_fmt': 'NHWC'},
+        {'input_fmt': 'NLC'},
+    ],
+)
+def test_unit(unit, options) -> None:
+    channels = options.get('channels', 14)
+    module = unit(**({'channels': channels} | options)).double()
+    fmt = options.get('input_fmt', 'NCHW')
+    shape = {'NCHW': (3, channels, 7, 5), 'NHWC': (3, 7, 5, channels), 'NLC': (3, 11, channels)}[fmt]
+    module(torch.randn(shape, dtype=torch.float64))
+    fused = fuse(module.eval(), example_input=torch.zeros(shape, dtype=torch.float64))
+    assert isinstance(fused, FusedATAC)
+    for x in (torch.randn(shape).double(), torch.randn(shape[::-1]).double().permute(*range(len(shape))[::-1])):
+        with torch.no_grad():
+            torch.testing.assert_close(fused(x), module(x), rtol=1e-12, atol=1e-12)
+        x.requires_grad_()
+        grads = [torch.autograd.grad(m(x).square().sum(), x)[0] for m in (module, fused)]
+        torch.testing.assert_close(grads[1], grads[0], rtol=1e-11, atol=1e-11)
+
+
+def test_empty_batch_and_one_position() -> None:
+    unit = ATAC(6).eval()
+    fused = fuse(unit, example_input=torch.zeros(1, 6, 2, 2))
+    with torch.no_grad():
+        for shape in ((0, 6, 3, 2), (1, 6, 1, 1)):
+            for memory_format in (torch.contiguous_format, torch.channels_last):
+                x = torch.randn(shape).to(memory_format=memory_format)
+                torch.testing.assert_close(fused(x), unit(x))
+
+
+def test_wrong_input_is_an_error() -> None:
+    fused = fuse(ATAC(6), example_input=torch.zeros(2, 6, 2, 2))
+    with torch.no_grad(), pytest.raises(ValueError, match='for 6 channels'):
+        fused(torch.zeros(2, 5, 2, 2))
+    with torch.no_grad(), pytest.raises(RuntimeError):
+        fused(torch.zeros(2, 6, 2, 2).double())
+    with pytest.raises(ValueError, match=r'AtacResNet does not run on \(\(2, 7\),\)'):
+        fuse(timm.create_model('atac_resnet18'), example_input=torch.zeros(2, 7))
+
+
+class OwnFormula(ATAC):
+    def activate(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.gate(self.bottleneck(x))
+
+
+def test_subclass_keeps_its_formula() -> None:
+    model = lived_in(nn.Sequential(nn.Conv2d(3, 6, 1), OwnFormula(6)))
+    fused: Any = fuse(model, example_input=images(model))
+    assert not norms(fused) and isinstance(fused[1], OwnFormula)
+    x = images(model)
+    torch.testing.assert_close(fused(x), model(x), rtol=1e-12, atol=1e-12)
+
+
+class Net(nn.Module):
+    """Two layers and two norms, put together in a given way."""
+
+    def __init__(self, run: Any, **layers: nn.Module) -> None:
+        super().__init__()
+        self.conv, self.bn, self.other = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+        for name, layer in layers.items():
+            setattr(self, name, layer)
+        self.run = run
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.run(self, x)
+
+
+def _in_place(net: Any, x: torch.Tensor) -> torch.Tensor:
+    h = net.conv(x)
+    h.mul_(2)
+    return net.bn(h)
+
+
+@pytest.mark.parametrize(
+    'folds, run',
+    [
+        (1, lambda net, x: net.bn(net.conv(x))),
+        (1, lambda net, x: net.bn(net.conv(x)) + x),
+        (0, lambda net, x: net.bn(net.conv(x).relu())),
+        (0, _in_place),
+        (0, lambda net, x: (lambda h: net.bn(h) + h)(net.conv(x))),
+        (0, lambda net, x: (lambda h: (net.bn(h), h))(net.conv(x))),
+        (0, lambda net, x: (lambda h: net.bn(h) + net.other(h))(net.conv(x))),
+        (0, lambda net, x: net.bn(net.conv(net.conv(x)))),
+        (0, lambda net, x: net.bn(net.bn(net.conv(x)))),
+        (0, lambda net, x: net.bn(net.conv(x)) * net.conv.weight.mean()),
+        (0, lambda net, x: net.bn(net.conv(x)) * net.bn.running_var.mean()),
+        (0, lambda net, x: net.bn(torch.cat([net.conv(x)[:1], x[1:]]))),
+    ],
+)
+def test_only_what_is_next_to_each_other(folds, run) -> None:
+    model = lived_in(Net(run))
+    x = images(model)
+    fused = fuse(model, example_input=x)
+    assert isinstance(fused.bn, nn.Identity) == bool(folds)
+    torch.testing.assert_close(fused(x), model(x), rtol=1e-12, atol=1e-12)
+
+
+def _hooked(net: Any) -> None:
+    net.conv.register_forward_hook(lambda module, args, y: y * 2)
+
+
+def _parametrized(net: Any) -> None:
+    parametrize.register_parametrization(net.conv, 'weight', nn.Tanh())
+
+
+def _without_statistics(net: Any) -> None:
+    net.bn = nn.BatchNorm2d(3, track_running_stats=False).double()
+
+
+@pytest.mark.parametrize('change', [_hooked, _parametrized, _without_statistics])
+@pytest.mark.parametrize('by_value', [False, True])
+def test_what_stays(change, by_value) -> None:
+    """Also where the forward pass needs values, so that it cannot run on the meta device."""
+    model = lived_in(Net(lambda net, x: net.bn(net.conv(x)) * (x.sum().item() if by_value else 1)))
+    change(model)
+    model.eval()
+    x = images(model)
+    fused = fuse(model, example_input=x)
+    assert not isinstance(fused.bn, nn.Identity)
+    torch.testing.assert_close(fused(x), model(x), rtol=1e-12, atol=1e-12)
+
+
+def test_forward_that_needs_values() -> None:
+    model = lived_in(Net(lambda net, x: net.bn(net.conv(x)) * x.sum().item()))
+    x = images(model)
+    fused = fuse(model, example_input=x)
+    assert isinstance(fused.bn, nn.Identity)
+    torch.testing.assert_close(fused(x), model(x), rtol=1e-12, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    'layer, norm, shape',
+    [
+        (nn.Conv1d(3, 5, 3), nn.BatchNorm1d(5), (4, 3, 9)),
+        (nn.Conv3d(3, 5, 3, groups=1), nn.BatchNorm3d(5, affine=False), (4, 3, 5, 5, 5)),
+        (nn.Conv2d(4, 6, 3, stride=2, groups=2, dilation=2, bias=False), nn.BatchNorm2d(6), (4, 4, 9, 9)),
+        (timm.layers.Conv2dSame(3, 5, 3, stride=2), nn.BatchNorm2d(5, eps=0.1), (4, 3, 8, 8)),
+        (nn.Linear(3, 5), nn.BatchNorm1d(5), (7, 3)),
+    ],
+)
+def test_layers(layer, norm, shape) -> None:
+    model = nn.Sequential(layer, norm).double().train()
+    x = torch.randn(shape, dtype=torch.float64)
+    model(x * 3 + 1)
+    expected = model.eval()(x)
+    fused: Any = fuse(model, example_input=x)
+    assert isinstance(fused[1], nn.Identity)
+    torch.testing.assert_close(fused(x), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_linear_layer_of_tokens_stays() -> None:
+    """Its channels are the last dimension, a BatchNorm's the second."""
+    model = nn.Sequential(nn.Linear(5, 5), nn.BatchNorm1d(5)).double()
+    x = torch.randn(4, 5, 5, dtype=torch.float64)
+    model(x)
+    fused: Any = fuse(model.eval(), example_input=x)
+    assert isinstance(fused[1], nn.BatchNorm1d)
+    torch.testing.assert_close(fused(x), model(x))
+
+
+def test_frozen_norms() -> None:
+    model = lived_in(timm.create_model('atac_resnet18'))
+    frozen: Any = copy.deepcopy(model)
+    freeze(frozen)
+    assert not norms(frozen)
+    fused = fuse(frozen)
+    assert not [m for m in fused.modules() if 'BatchNorm' in type(m).__name__]
+    x = images(model)
+    torch.testing.assert_close(fused(x), model(x), rtol=1e-11, atol=1e-11)
+
+
+def test_half_precision_is_folded_exactly() -> None:
+    """Rounded once: nearer to float64 than a product of rounded numbers."""
+    conv, norm = nn.Conv2d(16, 16, 1).bfloat16(), nn.BatchNorm2d(16).eval().bfloat16()
+    assert norm.running_var is not None
+    nn.init.uniform_(norm.weight, 0.5, 1.5)
+    nn.init.uniform_(norm.running_var, 0.5, 1.5)
+    exact = fold(copy.deepcopy(conv).double(), copy.deepcopy(norm).double())
+    folded = fold(conv, norm)
+    assert folded.weight.dtype == folded.bias.dtype == torch.bfloat16
+    assert torch.equal(folded.weight, exact.weight.bfloat16())
+    assert torch.equal(folded.bias, exact.bias.bfloat16())
+
+
+@pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])
+def test_autocast(memory_format) -> None:
+    """No further from float64 than the plain model, but for folded weights, which are rounded with their norm."""
+    model = lived_in(timm.create_model('atac_resnet18'), dtype=torch.float32)
+    fused = fuse(model)
+    x = images(model).to(memory_format=memory_format)
+    exact = copy.deepcopy(model).double()(x.double())
+    with torch.no_grad(), torch.autocast('cpu', torch.bfloat16):
+        errors = [(m(x).double() - exact).abs().mean().item() for m in (model, fused)]
+        assert fused(x).dtype == model(x).dtype
+    assert errors[1] < 2 * errors[0]
+
+
+@pytest.mark.filterwarnings('ignore:The TorchScript type system:UserWarning')
+@pytest.mark.parametrize('name', ['atac_resnet18', 'atac_resnet8_cifar'])
+def test_exports(name, run_onnx) -> None:
+    model = lived_in(timm.create_model(name), dtype=torch.float32)
+    fused = fuse(model)
+    x = images(model)
+    with torch.no_grad():
+        expected = model(x)
+    tolerance: dict[str, Any] = {'rtol': 1e-4, 'atol': 1e-5 * scale(expected)}
+    exported = torch.export.export(fused, (x,))
+    plain = torch.export.export(model, (x,))
+    ops = [Counter(str(node.target) for node in program.graph.nodes) for program in (plain, exported)]
+    assert sum(ops[1].values()) < 0.7 * sum(ops[0].values())
+    assert ops[1]['aten.batch_norm.default'] == len(norms(fused))
+    compiled: Any = torch.compile(fused, fullgraph=True, backend='aot_eager')
+    with torch.no_grad():
+        for run in (
+            exported.module(),
+            compiled,
+            torch.jit.script(fused),
+            torch.jit.trace(fused, x, check_tolerance=1e-3),
+        ):
+            torch.testing.assert_close(run(x), expected, **tolerance)
+    torch.testing.assert_close(run_onnx(fused, x), expected, **tolerance)
+
+
+def test_hooks_on_parts_are_called() -> None:
+    fused: Any = fuse(ATAC(6), example_input=torch.zeros(2, 6, 2, 2))
+    gates: list[torch.Tensor] = []
+    handle = fused.gate.register_forward_hook(lambda module, args, y: gates.append(y.clone()))
+    x = torch.randn(2, 6, 2, 2)
+    with torch.no_grad():
+        y = fused(x)
+        handle.remove()
+        assert len(gates) == 1
+        torch.testing.assert_close(y, x * gates[0])
+        torch.testing.assert_close(fused(x), y)
+
+
+def test_nothing_to_save_or_load(tmp_path) -> None:
+    model: Any = timm.create_model('atac_resnet18')
+    fused: Any = fuse(model)
+    inside: Any = nn.ModuleDict({'student': fused})
+    for owner in (fused, fused.layer4[0].act1, inside, copy.deepcopy(fused)):
+        with pytest.raises(RuntimeError, match=r'fused for inference and has no state dict.*save model.state_dict\(\)'):
+            owner.state_dict()
+    with pytest.raises(RuntimeError, match='fused for inference and loads no state dict'):
+        fused.load_state_dict(model.state_dict())
+    with pytest.raises(RuntimeError, match='fused for inference'):
+        save_for_hf(fused, tmp_path, safe_serialization=True)
+    assert not list(tmp_path.iterdir())
+    assert model.state_dict().keys() == timm.create_model('atac_resnet18', device='meta').state_dict().keys()
+
+
+def test_what_is_inside_of_wrappers() -> None:
+    model = lived_in(timm.create_model('atac_resnet8_cifar'))
+    x = images(model)
+    wrappers: list[Any] = [torch.compile(model, backend='eager'), nn.DataParallel(model)]
+    for wrapped in wrappers:
+        fused = fuse(wrapped)
+        assert type(fused) is type(model)
+        torch.testing.assert_close(fused(x), model(x), rtol=1e-12, atol=1e-11)
+
+
+def test_fused_twice() -> None:
+    model = lived_in(timm.create_model('atac_resnet8_cifar'))
+    x = images(model)
+    torch.testing.assert_close(fuse(fuse(model))(x), model(x), rtol=1e-12, atol=1e-11)
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_gate(dtype) -> None:
+    """Every size of z, infinite ones too, with other strides than those of x."""
+    ends = [
+        -torch.inf,
+        -1e4,
+        -100,
+        -88.5,
+        -20,
+        -1e-3,
+        0,
+        1,
+        11,
+        17,
+        49.75,
+        50,
+        50.25,
+        89,
+        710,
+        1e4,
+        torch.inf,
+        torch.nan,
+    ]
+    z = torch.tensor(ends, dtype=dtype).repeat(7, 1).t()
+    x = torch.randn(z.shape).to(dtype)
+    expected = x.double() * z.double().sigmoid()
+    out = gate_(x, z)
+    assert out is z
+    torch.testing.assert_close(
+        out.double(), expected, rtol=2 * torch.finfo(dtype).eps, atol=torch.finfo(dtype).tiny, equal_nan=True
+    )
+
+
+def test_other_units_are_folded_in_place() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 6, 1), NiN(6), SEActivation(6)).eval()
+    fused: Any = fuse(model, example_input=torch.zeros(2, 3, 4, 4))
+    assert [type(m) for m in fused] == [nn.Conv2d, NiN, SEActivation]
+    assert not norms(fused)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])
+def test_on_a_gpu(dtype, memory_format) -> None:
+    model = lived_in(timm.create_model('atac_resnet18'), dtype=torch.float32)
+    x = images(model)
+    exact = copy.deepcopy(model).double()(x.double())
+    model.cuda()
+    fused = fuse(model)
+    x = x.cuda().to(memory_format=memory_format)
+    with torch.no_grad(), torch.autocast('cuda', dtype, enabled=dtype != torch.float32):
+        errors = [(m(x).cpu().double() - exact).abs().mean().item() for m in (model, fused)]
+    assert errors[1] < 2 * errors[0] + 1e-6
