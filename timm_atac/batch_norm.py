@@ -12,8 +12,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers.norm_act import FrozenBatchNorm2d  # of torchvision; timm's `freeze` puts it in
 
-from .precision import is_autocast_enabled
-
 __all__ = ['BatchNorm', 'Statistics']
 
 _aten = torch.ops.aten
@@ -38,12 +36,12 @@ class BatchNorm(NamedTuple):
     group: Any  # the processes that share statistics, None for this one alone
 
     @staticmethod
-    def knows(norm: Any) -> bool:
-        """Whether a layer is one of PyTorch's, with parameters that keep the statistics' precision."""
+    def knows(norm: Any, dtype: torch.dtype) -> bool:
+        """Whether a layer is one of PyTorch's, with parameters that keep the precision of statistics of a map."""
         if type(norm) not in (nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d):
             return False
-        if type(norm) is FrozenBatchNorm2d and is_autocast_enabled(norm.weight.device):
-            return False  # it returns float32 then, unlike the others
+        if type(norm) is FrozenBatchNorm2d and norm.weight.dtype != dtype:
+            return False  # unlike the others, it would return the wider type of both
         return norm.weight is None or norm.weight.dtype in (torch.float32, torch.float64)
 
     @classmethod
@@ -56,14 +54,20 @@ class BatchNorm(NamedTuple):
             norm.num_batches_tracked.add_(1)
             if norm.momentum is None:
                 momentum = 1.0 / float(norm.num_batches_tracked)
-        group = None
-        if type(norm) is nn.SyncBatchNorm and norm.training and dist.is_available() and dist.is_initialized():
-            group = norm.process_group or dist.group.WORLD
-            group = group if dist.get_world_size(group) > 1 else None
         tracked = not norm.training or norm.track_running_stats
         running = (norm.running_mean, norm.running_var) if tracked else (None, None)
         by_batch = norm.training or norm.running_mean is None
-        return cls(running[0], running[1], by_batch, momentum, norm.eps, group)
+        return cls(running[0], running[1], by_batch, momentum, norm.eps, cls.group_of(norm))
+
+    @staticmethod
+    def group_of(norm: Any) -> Any:
+        """The processes that share a layer's statistics in this pass, None for this one alone."""
+        if type(norm) is not nn.SyncBatchNorm or not norm.training or not dist.is_available():
+            return None
+        if not dist.is_initialized():
+            return None
+        group = norm.process_group or dist.group.WORLD
+        return group if dist.get_world_size(group) > 1 else None
 
     def forward(self, h: torch.Tensor, weight: Any, bias: Any) -> tuple[torch.Tensor, Statistics]:
         """Normalise (B, C, H, W), and update the running statistics."""
@@ -75,7 +79,7 @@ class BatchNorm(NamedTuple):
             return y, Statistics(mean, invstd)
         else:
             assert self.running_mean is not None and self.running_var is not None
-            statistics = Statistics(self.running_mean, self.running_var)
+            statistics = Statistics(self.running_mean.clone(), self.running_var.clone())  # others may update them
         return self.again(h, weight, bias, statistics), statistics
 
     def again(self, h: torch.Tensor, weight: Any, bias: Any, statistics: Statistics) -> torch.Tensor:
@@ -86,17 +90,17 @@ class BatchNorm(NamedTuple):
         return F.batch_norm(h, mean, spread.pow(-2), weight, bias, False, 0.0, 0.0)
 
     def backward(
-        self, grad: torch.Tensor, h: torch.Tensor, weight: Any, statistics: Statistics
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """Gradients of input, weight and bias."""
+        self, grad: torch.Tensor, h: torch.Tensor, weight: Any, statistics: Statistics, needed: list[bool]
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        """Gradients of input, weight and bias, those that are needed."""
         if self.group is not None:
-            return self._shared_backward(grad, h, weight, statistics)
+            return self._shared_backward(grad, h, weight, statistics, needed)
         mean, spread, _ = statistics
-        known = (None, None, mean, spread) if self.by_batch else (mean, spread, None, None)
-        mask = [True, weight is not None, weight is not None]
-        return _aten.native_batch_norm_backward(grad, h, weight, *known, self.by_batch, self.eps, mask)
+        none = mean.new_empty(0)  # CUDA wants tensors
+        known = (None, None, mean, spread) if self.by_batch else (mean, spread, none, none)
+        return _aten.native_batch_norm_backward(grad, h, weight, *known, self.by_batch, self.eps, needed)
 
-    def by_autograd(self, h: torch.Tensor, weight: Any, bias: Any) -> torch.Tensor:
+    def by_autograd(self, h: torch.Tensor, weight: Any, bias: Any, statistics: Statistics) -> torch.Tensor:
         """Normalise as PyTorch does, leaving the running statistics alone.
 
         Raises:
@@ -104,12 +108,12 @@ class BatchNorm(NamedTuple):
         """
         if self.group is not None:
             raise RuntimeError(
-                'A SyncBatchNorm has no second derivative (create_graph=True): differentiate twice with BatchNorm2d, '
-                'or with the norms in eval mode.'
+                'A SyncBatchNorm has no second derivative, nor the first with create_graph=True: take BatchNorm2d, or '
+                'set the norms to eval().'
             )
         if self.by_batch:
             return F.batch_norm(h, None, None, weight, bias, True, 0.0, self.eps)
-        return F.batch_norm(h, self.running_mean, self.running_var, weight, bias, False, 0.0, self.eps)
+        return F.batch_norm(h, statistics.mean, statistics.spread, weight, bias, False, 0.0, self.eps)
 
     def _shared(self, h: torch.Tensor) -> Statistics:
         """Mean and deviation over the batches of all processes, which may have different sizes, or none.
@@ -123,9 +127,12 @@ class BatchNorm(NamedTuple):
             mine = torch.cat((mean, (var + self.eps).rsqrt(), count))
         else:
             mine = torch.zeros(2 * h.shape[1] + 1, dtype=dtype, device=h.device)
-        everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size(self.group))]
-        dist.all_gather(everyone, mine, group=self.group)
-        means, invstds, counts = torch.stack(everyone).split((h.shape[1], h.shape[1], 1), dim=1)
+        everyone = mine.new_empty(dist.get_world_size(self.group), len(mine))
+        if dist.get_backend(self.group) == 'gloo':
+            dist.all_gather(list(everyone), mine, group=self.group)
+        else:
+            dist.all_gather_into_tensor(everyone, mine, group=self.group)
+        means, invstds, counts = everyone.split((h.shape[1], h.shape[1], 1), dim=1)
         count = counts.sum(0)
         mean = (means * counts).sum(0) / count
         variances = torch.where(counts > 0, invstds.pow(-2) - self.eps, 0)
@@ -136,8 +143,8 @@ class BatchNorm(NamedTuple):
         return Statistics(mean, (var + self.eps).rsqrt(), count)
 
     def _shared_backward(
-        self, grad: torch.Tensor, h: torch.Tensor, weight: Any, statistics: Statistics
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        self, grad: torch.Tensor, h: torch.Tensor, weight: Any, statistics: Statistics, needed: list[bool]
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
         """As `backward`; gradients of weight and bias are of this process's batch, for DDP to average."""
         mean, invstd, values = statistics
         scale = invstd if weight is None else weight.to(invstd.dtype) * invstd
@@ -147,13 +154,14 @@ class BatchNorm(NamedTuple):
             _, grad_weight, grad_bias = _aten.native_batch_norm_backward(grad, h, *known, True, self.eps, mask)
         else:  # which PyTorch divides by
             grad_weight = grad_bias = torch.zeros_like(mean)
-        sums = torch.cat((grad_bias, grad_weight / invstd))  # of gradients, and of those times x - mean
-        dist.all_reduce(sums, group=self.group)
-        by_one, by_x = sums.split(len(mean))
-        by_x = -scale * invstd**2 * by_x / values
-        by_one = -scale * by_one / values - by_x * mean
-        by_one, by_x, by_grad = (v.to(h.dtype).view(1, -1, 1, 1) for v in (by_one, by_x, scale))
-        grad_h = torch.addcmul(by_one, h, by_x).addcmul_(grad, by_grad)
-        if weight is None:
-            return grad_h, None, None
-        return grad_h, grad_weight.to(weight.dtype), grad_bias.to(weight.dtype)
+        grad_h = None
+        if needed[0]:
+            sums = torch.cat((grad_bias, grad_weight / invstd))  # of gradients, and of those times x - mean
+            dist.all_reduce(sums, group=self.group)
+            by_one, by_x = sums.split(len(mean))
+            by_x = -scale * invstd**2 * by_x / values
+            by_one = -scale * by_one / values - by_x * mean
+            # in the statistics' precision: rounded, the same error at every position would add up in sums over them
+            by_one, by_x, by_grad = (v.view(1, -1, 1, 1) for v in (by_one, by_x, scale))
+            grad_h = torch.addcmul(by_one, h, by_x).addcmul_(grad, by_grad).to(h.dtype)
+        return grad_h, grad_weight if needed[1] else None, grad_bias if needed[2] else None

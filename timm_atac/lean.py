@@ -35,14 +35,14 @@ class ATACMe(ATAC):
     Parameters, results, state dict and arguments are those of `ATAC`. timm calls such a layer memory-efficient ("Me"),
     and prefers it by name, here 'atac', unless a model is created to be exported or scripted.
 
-    It runs as `ATAC` does where nothing is kept (without gradients); where its parts have to be run one by one (under
-    `torch.compile`, exporting, tracing, scripting, torch.func and forward-mode differentiation, with hooks or
-    parametrizations on them, on tensor subclasses); and with other parts than a ReLU, a sigmoid and BatchNorms,
-    synchronized and frozen ones among them, of float32 or float64.
+    It runs as `ATAC` does under `no_grad`; where its parts have to be run one by one (under `torch.compile`, exporting,
+    tracing, scripting, torch.func and forward-mode differentiation; with hooks or parametrizations on them, or hooks on
+    all modules, which counters of FLOPs and memory use; in tensor subclasses); and with other parts than a ReLU, a
+    sigmoid and BatchNorms, synchronized and frozen ones among them, of float32 or float64.
 
     Raises:
         ValueError: As `ATAC`.
-        RuntimeError: A second derivative through statistics that processes share.
+        RuntimeError: `create_graph=True` with statistics that processes share.
 
     Source:
         Section III of the paper, for the unit.
@@ -66,18 +66,24 @@ def _in_one(unit: ATACMe, x: torch.Tensor) -> bool:
     if not torch.is_grad_enabled() or is_recorded(x):
         return False
     parts = (unit.conv1, unit.bn1, unit.act, unit.conv2, unit.bn2, unit.gate)
+    dtype = autocast_dtype(x) or x.dtype
     return (
         type(unit).bottleneck is ATAC.bottleneck
+        and 'bottleneck' not in vars(unit)
         and type(unit.act) is nn.ReLU
         and type(unit.gate) in (nn.Sigmoid, Sigmoid)
         and _is_pointwise(unit.conv1)
         and _is_pointwise(unit.conv2)
-        and BatchNorm.knows(unit.bn1)
-        and BatchNorm.knows(unit.bn2)
-        and not any(is_watched(part) for part in parts)
-        # where a channel has one value, PyTorch's BatchNorm raises an error
-        and (x.numel() > x.shape[1] or type(unit.bn1) is not nn.BatchNorm2d)
+        and BatchNorm.knows(unit.bn1, dtype)
+        and BatchNorm.knows(unit.bn2, dtype)
+        and not any(is_watched(part) or _has_subclasses(part) for part in parts)
+        # of no value, or one a channel, a norm makes no statistics alone: PyTorch knows what to do, or complains
+        and (x.numel() > x.shape[1] or None not in (BatchNorm.group_of(unit.bn1), BatchNorm.group_of(unit.bn2)))
     )
+
+
+def _has_subclasses(part: nn.Module) -> bool:
+    return any(type(p) not in (nn.Parameter, torch.Tensor) for p in part._parameters.values() if p is not None)
 
 
 def _is_pointwise(conv: nn.Module) -> bool:
@@ -116,33 +122,39 @@ def _backward(ctx: Any, grad_y: torch.Tensor) -> tuple[torch.Tensor | None, ...]
     x, weight1, weight2, scale1, shift1, scale2, shift2, hidden, *statistics = ctx.saved_tensors
     norm1, norm2 = ctx.norms
     statistics1, statistics2 = Statistics(*statistics[:3]), Statistics(*statistics[3:])
-    needs_x, needs_weight1, needs_weight2, *_ = ctx.needs_input_grad
+    needs_x, needs_weight1, needs_weight2, *needs_affine = ctx.needs_input_grad[:7]
+    needs_hidden = needs_x or needs_weight1
+    needs_relu = needs_hidden or any(needs_affine[:2])
     w1, w2 = cast(weight1, ctx.dtype), cast(weight2, ctx.dtype)
+    grad_x = grad_scale1 = grad_shift1 = grad_weight1 = None
 
     relu = norm1.again(hidden, scale1, shift1, statistics1).relu_()
     out = F.conv2d(relu, w2)
     gate = norm2.again(out, scale2, shift2, statistics2).sigmoid_()
     grad = _aten.sigmoid_backward((grad_y * x).to(gate.dtype), gate)
-    grad_x = gate.mul_(grad_y) if gate.dtype == x.dtype == grad_y.dtype else (gate * grad_y).to(x.dtype)
-    grad, grad_scale2, grad_shift2 = norm2.backward(grad, out, scale2, statistics2)
-    del out, gate
-    grad, grad_weight2 = _conv_backward(grad, relu, w2, True, needs_weight2)
-    grad = _aten.threshold_backward(grad, relu, 0)
-    grad, grad_scale1, grad_shift1 = norm1.backward(grad, hidden, scale1, statistics1)
-    grad, grad_weight1 = _conv_backward(grad, cast(x, ctx.dtype), w1, needs_x, needs_weight1)
-    return (
-        grad_x.add_(grad) if needs_x else None,
-        grad_weight1.to(weight1.dtype) if needs_weight1 else None,
-        grad_weight2.to(weight2.dtype) if needs_weight2 else None,
-        grad_scale1,
-        grad_shift1,
-        grad_scale2,
-        grad_shift2,
-    )
+    if needs_x:
+        grad_x = (gate * grad_y).to(x.dtype)
+    del gate
+    needed = [needs_relu or needs_weight2, *needs_affine[2:]]
+    grad, grad_scale2, grad_shift2 = norm2.backward(grad, out, scale2, statistics2, needed)
+    del out
+    grad, grad_weight2 = _conv_backward(grad, relu, w2, needs_relu, needs_weight2)
+    if needs_relu:
+        grad = _aten.threshold_backward(grad, relu, 0)
+        del relu
+        needed = [needs_hidden, *needs_affine[:2]]
+        grad, grad_scale1, grad_shift1 = norm1.backward(grad, hidden, scale1, statistics1, needed)
+        grad, grad_weight1 = _conv_backward(grad, cast(x, ctx.dtype), w1, needs_x, needs_weight1)
+    if grad_x is not None:
+        grad_x.add_(grad)
+    weights = [None if grad is None else grad.to(weight1.dtype) for grad in (grad_weight1, grad_weight2)]
+    return (grad_x, *weights, grad_scale1, grad_shift1, grad_scale2, grad_shift2)
 
 
-def _conv_backward(grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, needs_x: bool, needs_weight: bool) -> Any:
-    """Gradients of a 1x1 convolution's input and weight."""
+def _conv_backward(grad: Any, x: torch.Tensor, weight: torch.Tensor, needs_x: bool, needs_weight: bool) -> Any:
+    """Gradients of a 1x1 convolution's input and weight, those that are needed."""
+    if not needs_x and not needs_weight:
+        return None, None
     pointwise = (None, (1, 1), (0, 0), (1, 1), False, (0, 0), 1)
     return _aten.convolution_backward(grad, x, weight, *pointwise, [needs_x, needs_weight, False])[:2]
 
@@ -151,11 +163,13 @@ def _by_autograd(ctx: Any, grad_y: torch.Tensor) -> tuple[torch.Tensor | None, .
     """As `_backward`, such that the gradients can be differentiated."""
     norm1, norm2 = ctx.norms
     # views, so that the way from one argument to another, if there is one, is not counted here
-    args: list[Any] = [t if t is None else t.view_as(t) for t in ctx.saved_tensors[:7]]
+    saved = ctx.saved_tensors
+    args: list[Any] = [t if t is None else t.view_as(t) for t in saved[:7]]
     x, weight1, weight2, *affine = args
     with torch.enable_grad():
-        y = norm1.by_autograd(F.conv2d(cast(x, ctx.dtype), cast(weight1, ctx.dtype)), *affine[:2])
-        y = norm2.by_autograd(F.conv2d(y.relu(), cast(weight2, ctx.dtype)), *affine[2:])
+        y = F.conv2d(cast(x, ctx.dtype), cast(weight1, ctx.dtype))
+        y = norm1.by_autograd(y, *affine[:2], Statistics(*saved[8:11])).relu()
+        y = norm2.by_autograd(F.conv2d(y, cast(weight2, ctx.dtype)), *affine[2:], Statistics(*saved[11:]))
         y = x * y.sigmoid()
     wanted = [arg for arg, needed in zip(args, ctx.needs_input_grad, strict=False) if needed]
     grads = iter(torch.autograd.grad(y, wanted, grad_y, create_graph=True))

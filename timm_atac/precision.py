@@ -14,7 +14,7 @@ def is_autocast_enabled(device: torch.device) -> bool:
 
 def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
     """What autocast lets a convolution of `x` compute in, None where the arguments tell."""
-    autocast = is_autocast_enabled(x.device) and x.dtype != torch.float64
+    autocast = is_autocast_enabled(x.device) and x.is_floating_point() and x.dtype != torch.float64
     return torch.get_autocast_dtype(x.device.type) if autocast else None
 
 

@@ -1,0 +1,272 @@
+#!/usr/bin/env python
+"""Time and memory of the ATAC networks beside those of timm, and of the unit beside a copy: ratios, in one process.
+
+    python benchmarks/speed.py                                  # on a CPU: both tables of the README
+    python benchmarks/speed.py --what units                     # one of them
+    python benchmarks/speed.py --mode compile --models resnet50 atac_resnet50
+    python benchmarks/speed.py --device cuda --batch-size 256 --mode bf16 --rounds 30 --plot speed.png
+
+All models, or all forms of a unit, take turns in every round; a ratio is the median (range) of those within a round.
+"""
+
+import argparse
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
+from typing import Any, NamedTuple
+
+import timm
+import torch
+import torch.nn as nn
+from measure import Spread, bytes_kept, device_name, interleaved, peak_memory, ratio
+
+from timm_atac import ATAC, ATACMe, fuse
+
+MODELS: dict[str, Callable[[], Any]] = {
+    'resnet50': partial(timm.create_model, 'resnet50'),
+    'atac_resnet50': partial(timm.create_model, 'atac_resnet50'),
+    'atac_resnet50_full': partial(timm.create_model, 'atac_resnet50_full'),
+    'seresnet50': partial(timm.create_model, 'seresnet50'),
+    'resnet50, silu': partial(timm.create_model, 'resnet50', act_layer='silu'),
+    'resnet50, prelu': partial(timm.create_model, 'resnet50', act_layer='prelu'),
+    'atac_resnet50, plain': partial(timm.create_model, 'atac_resnet50', act_layer=ATAC),
+    'atac_resnet50_full, plain': partial(timm.create_model, 'atac_resnet50_full', act_layer=ATAC),
+}
+FUSED = ('resnet50', 'atac_resnet50', 'atac_resnet50_full', 'seresnet50')
+MODES = {  # channels_last, autocast to bfloat16, torch.compile
+    'eager': (False, False, False),
+    'channels_last': (True, False, False),
+    'bf16': (True, True, False),
+    'compile': (True, False, True),
+    'compile_bf16': (True, True, True),
+}
+NETWORKS = ('atac_resnet50_full', 'atac_resnet8_cifar')
+ODD = ((24, 17, 13), (96, 31, 29), (200, 7, 5))
+
+
+class Mode(NamedTuple):
+    """How models are run."""
+
+    channels_last: bool
+    bf16: bool
+    compiled: bool
+    device: torch.device
+
+    def prepare(self, module: Any) -> Any:
+        module = module.to(self.device)
+        if self.channels_last:
+            module = module.to(memory_format=torch.channels_last)
+        if self.compiled:
+            torch.compiler.reset()
+            return torch.compile(module, mode='max-autotune-no-cudagraphs' if self.device.type == 'cuda' else None)
+        return module
+
+    def tensor(self, *shape: int) -> torch.Tensor:
+        x = torch.randn(shape, device=self.device)
+        return x.contiguous(memory_format=torch.channels_last) if self.channels_last else x
+
+    def autocast(self) -> Any:
+        return torch.autocast(self.device.type, torch.bfloat16) if self.bf16 else nullcontext()
+
+
+class Row(NamedTuple):
+    name: str
+    seconds: Spread
+    over: Spread  # resnet50's time
+    peak: float
+    kept: float | None
+
+
+def inference(mode: Mode, names: list[str], batch: int, size: int, rounds: int) -> list[Row]:
+    """A forward pass in `eval()` without gradients."""
+    x = mode.tensor(batch, 3, size, size)
+    runs: dict[str, Callable[[], object]] = {}
+    for name in names:
+        model = MODELS[name]().eval()
+        for label, module in ((name, model), (f'{name}, fused', fuse(model) if name in FUSED else None)):
+            if module is not None:
+                runs[label] = partial(_infer, mode, mode.prepare(module), x)
+    times = interleaved(runs, rounds, mode.device)
+    return [
+        Row(label, Spread.of(times[label]), ratio(times, label, next(iter(runs))), peak_memory(run, mode.device), None)
+        for label, run in runs.items()
+    ]
+
+
+def _infer(mode: Mode, model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad(), mode.autocast():
+        return model(x)
+
+
+def training(mode: Mode, names: list[str], batch: int, size: int, rounds: int) -> list[Row]:
+    """Forward and backward pass and a step of SGD with momentum."""
+    x = mode.tensor(batch, 3, size, size)
+    target = torch.arange(batch, device=mode.device) % 1000
+    runs, kept = {}, {}
+    for name in names:
+        model = MODELS[name]().train()
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+        prepared = mode.prepare(model)
+        runs[name] = partial(_step, mode, prepared, optimizer, x, target)
+        kept[name] = bytes_kept(partial(_forward, mode, prepared, x, target), model)
+    times = interleaved(runs, rounds, mode.device)
+    return [
+        Row(name, Spread.of(times[name]), ratio(times, name, names[0]), peak_memory(run, mode.device), kept[name])
+        for name, run in runs.items()
+    ]
+
+
+def _forward(mode: Mode, model: nn.Module, x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    with mode.autocast():
+        return nn.functional.cross_entropy(model(x), target)
+
+
+def _step(mode: Mode, model: nn.Module, optimizer: Any, x: torch.Tensor, target: torch.Tensor) -> None:
+    _forward(mode, model, x, target).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def print_models(title: str, rows: list[Row], batch: int) -> None:
+    print(f'\n{title}\n')
+    first = rows[0]
+    print(f'| model | images/s | time over {first.name} | peak memory (MB) | over | bytes kept (MB) | over |')
+    print('| --- | --- | --- | --- | --- | --- | --- |')
+    for row in rows:
+        kept = (
+            '| |' if row.kept is None or first.kept is None else f'{row.kept / 1e6:.1f} | {row.kept / first.kept:.3f} |'
+        )
+        print(
+            f'| {row.name} | {batch / row.seconds.median:.1f} | {row.over} | {row.peak / 1e6:.0f} '
+            f'| {row.peak / first.peak:.2f} | {kept}'
+        )
+
+
+def shapes() -> list[tuple[int, int, int]]:
+    """(C, H, W) of every unit of our networks at their own image sizes, and a few odd ones."""
+    seen: dict[tuple[int, int, int], None] = {}
+    for name in NETWORKS:
+        model: Any = timm.create_model(name, device='meta').eval()
+        for module in model.modules():
+            if isinstance(module, ATAC):
+                module.register_forward_hook(lambda module, args, y: seen.setdefault(tuple(y.shape[1:])))
+        model(torch.empty(1, *model.pretrained_cfg['input_size'], device='meta'))
+    return [*seen, *ODD]
+
+
+def units(mode: Mode, batch: int, rounds: int) -> dict[str, dict[str, Any]]:
+    """For each shape and form: seconds, over those of a copy, and GB/s where x is read and y is written once."""
+    results: dict[str, dict[str, Any]] = {}
+    for channels, height, width in shapes():
+        unit = ATAC(channels)
+        lean = ATACMe(channels)
+        lean.load_state_dict(unit.state_dict())
+        x = mode.tensor(batch, channels, height, width)
+        x = x.bfloat16() if mode.bf16 else x
+        like = mode.prepare(nn.ReLU())
+        trained = {'ATAC, training': mode.prepare(unit).train(), 'ATACMe, training': mode.prepare(lean).train()}
+        plain = ATAC(channels).eval()
+        small = torch.zeros(2, channels, 2, 2)
+        used = {'ReLU': like, 'ATAC': mode.prepare(plain), 'fused ATAC': mode.prepare(fuse(plain, example_input=small))}
+        y = torch.empty_like(x)
+        runs: dict[str, Callable[[], object]] = {'copy': partial(y.copy_, x)}
+        runs |= {name: partial(_infer, mode, module, x) for name, module in used.items()}
+        wanted = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+        runs |= {name: partial(_both_ways, mode, module, wanted, y) for name, module in trained.items()}
+        times = interleaved(runs, rounds, mode.device, at_least=0.005)
+        moved = 2 * x.numel() * x.element_size()
+        results[f'{channels} x {height} x {width}'] = {
+            name: (
+                Spread.of(times[name]).median,
+                ratio(times, name, 'copy'),
+                moved / Spread.of(times[name]).median / 1e9,
+            )
+            for name in runs
+        }
+    return results
+
+
+def _both_ways(mode: Mode, module: nn.Module, x: torch.Tensor, grad: torch.Tensor) -> None:
+    with mode.autocast():
+        y = module(x)
+    y.backward(grad)
+    x.grad = None
+    module.zero_grad()
+
+
+def print_units(results: dict[str, dict[str, Any]], batch: int) -> None:
+    names = list(next(iter(results.values())))
+    print(f'\nUnits, batch {batch}: ms, GB/s of x read and y written once, and time over a copy\n')
+    print(f'| C x H x W | {" | ".join(names)} |')
+    print(f'|{" --- |" * (1 + len(names))}')
+    for shape, forms in results.items():
+        cells = [f'{1e3 * seconds:.3f}, {speed:.1f}, {over.median:.1f}' for seconds, over, speed in forms.values()]
+        print(f'| {shape} | {" | ".join(cells)} |')
+
+
+def plot(tables: dict[str, list[Row]], results: dict[str, dict[str, Any]], path: str, subtitle: str) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    count = len(tables) + bool(results)
+    figure = Figure(figsize=(9, 3.6 * count), layout='constrained')
+    FigureCanvasAgg(figure)
+    axes = list(figure.subplots(count, 1, squeeze=False)[:, 0])
+    for axis, (title, rows) in zip(axes, tables.items(), strict=False):
+        labels = [row.name for row in rows]
+        medians = [row.over.median for row in rows]
+        errors = [[row.over.median - row.over.low for row in rows], [row.over.high - row.over.median for row in rows]]
+        axis.barh(labels, medians, xerr=errors, height=0.4, label='time')
+        first = rows[0].kept
+        if first is not None:
+            axis.plot([(row.kept or 0) / first for row in rows], labels, 'D', color='black', label='bytes kept')
+        axis.axvline(1, color='grey', linewidth=0.8)
+        axis.invert_yaxis()
+        axis.set_title(title, fontsize='medium')
+        axis.set_xlabel(f'over {rows[0].name}')
+        axis.legend()
+    if results:
+        axis = axes[-1]
+        for name in next(iter(results.values())):
+            axis.plot(list(results), [forms[name][1].median for forms in results.values()], '.-', label=name)
+        axis.set_yscale('log')
+        axis.set_ylabel('time over a copy')
+        axis.tick_params(axis='x', rotation=45)
+        axis.legend(ncols=2, fontsize='small')
+    figure.suptitle(subtitle, fontsize='small')
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        '--what', nargs='+', choices=('inference', 'training', 'units'), default=['inference', 'training', 'units']
+    )
+    parser.add_argument(
+        '--models', nargs='+', choices=MODELS, default=list(MODELS), metavar='MODEL', help=', '.join(MODELS)
+    )
+    parser.add_argument('--mode', choices=MODES, default='channels_last')
+    parser.add_argument('--device', default='cpu')
+    parser.add_argument('--batch-size', type=int, default=8)
+    parser.add_argument('--img-size', type=int, default=224)
+    parser.add_argument('--rounds', type=int, default=11)
+    parser.add_argument('--plot', metavar='FILE', help='a picture of the ratios')
+    args = parser.parse_args()
+
+    mode = Mode(*MODES[args.mode], device=torch.device(args.device))
+    setting = f'{device_name(mode.device)}, {args.mode}, batch {args.batch_size}, torch {torch.__version__}'
+    print(setting)
+    tables = {}
+    for what, measure in (('inference', inference), ('training', training)):
+        if what in args.what:
+            tables[what] = measure(mode, args.models, args.batch_size, args.img_size, args.rounds)
+            print_models(what.capitalize(), tables[what], args.batch_size)
+    results = units(mode, args.batch_size, args.rounds) if 'units' in args.what else {}
+    if results:
+        print_units(results, args.batch_size)
+    if args.plot:
+        plot(tables, results, args.plot, setting)
+
+
+if __name__ == '__main__':
+    main()
