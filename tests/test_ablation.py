@@ -338,7 +338,7 @@ def test_finding_of_the_paper(tmp_path) -> None:
     """The local gate learns the digits, the global one is far behind."""
     run('--acts', 'se_act', 'atac', '--seeds', 1, '--epochs', 3, '--output', tmp_path)
     found = {row.run.activation: row.result.accuracy for row in rows(tmp_path)}
-    assert found['atac'] > 90  # 95.7 to 97.5 by processor and threads
+    assert found['atac'] > 90  # its digits differ by processor and threads
     assert found['se_act'] < found['atac'] - 2
 
 

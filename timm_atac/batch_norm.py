@@ -98,7 +98,7 @@ class BatchNorm(NamedTuple):
         mean, spread, _ = statistics
         none = mean.new_empty(0)  # CUDA wants tensors
         known = (None, None, mean, spread) if self.by_batch else (mean, spread, none, none)
-        return _aten.native_batch_norm_backward(grad, h, weight, *known, self.by_batch, self.eps, needed)
+        return _aten.native_batch_norm_backward.default(grad, h, weight, *known, self.by_batch, self.eps, needed)
 
     def by_autograd(self, h: torch.Tensor, weight: Any, bias: Any, statistics: Statistics) -> torch.Tensor:
         """Normalise as PyTorch does, leaving the running statistics alone.
@@ -151,7 +151,7 @@ class BatchNorm(NamedTuple):
         if h.numel() > 0:
             known = (torch.ones_like(mean), None, None, mean, invstd)
             mask = [False, True, True]
-            _, grad_weight, grad_bias = _aten.native_batch_norm_backward(grad, h, *known, True, self.eps, mask)
+            _, grad_weight, grad_bias = _aten.native_batch_norm_backward.default(grad, h, *known, True, self.eps, mask)
         else:  # which PyTorch divides by
             grad_weight = grad_bias = torch.zeros_like(mean)
         grad_h = None

@@ -131,7 +131,7 @@ def _backward(ctx: Any, grad_y: torch.Tensor) -> tuple[torch.Tensor | None, ...]
     relu = norm1.again(hidden, scale1, shift1, statistics1).relu_()
     out = F.conv2d(relu, w2)
     gate = norm2.again(out, scale2, shift2, statistics2).sigmoid_()
-    grad = _aten.sigmoid_backward((grad_y * x).to(gate.dtype), gate)
+    grad = _aten.sigmoid_backward.default((grad_y * x).to(gate.dtype), gate)
     if needs_x:
         grad_x = (gate * grad_y).to(x.dtype)
     del gate
@@ -140,7 +140,7 @@ def _backward(ctx: Any, grad_y: torch.Tensor) -> tuple[torch.Tensor | None, ...]
     del out
     grad, grad_weight2 = _conv_backward(grad, relu, w2, needs_relu, needs_weight2)
     if needs_relu:
-        grad = _aten.threshold_backward(grad, relu, 0)
+        grad = _aten.threshold_backward.default(grad, relu, 0)
         del relu
         needed = [needs_hidden, *needs_affine[:2]]
         grad, grad_scale1, grad_shift1 = norm1.backward(grad, hidden, scale1, statistics1, needed)
@@ -156,7 +156,7 @@ def _conv_backward(grad: Any, x: torch.Tensor, weight: torch.Tensor, needs_x: bo
     if not needs_x and not needs_weight:
         return None, None
     pointwise = (None, (1, 1), (0, 0), (1, 1), False, (0, 0), 1)
-    return _aten.convolution_backward(grad, x, weight, *pointwise, [needs_x, needs_weight, False])[:2]
+    return _aten.convolution_backward.default(grad, x, weight, *pointwise, [needs_x, needs_weight, False])[:2]
 
 
 def _by_autograd(ctx: Any, grad_y: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
