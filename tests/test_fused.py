@@ -17,6 +17,7 @@ from timm_atac import ATAC, ATACMe, LocalSE, NiN, SEActivation, fuse, replace_ac
 from timm_atac.fold import fold
 from timm_atac.fused import FusedATAC
 from timm_atac.kernels.gate import gate_
+from timm_atac.viz import gate_maps
 
 _BATCH_NORM = nn.modules.batchnorm._BatchNorm
 
@@ -209,6 +210,8 @@ def _in_place(net: Any, x: torch.Tensor) -> torch.Tensor:
         (0, lambda net, x: net.bn(net.conv(x)) * net.conv.weight.mean()),
         (0, lambda net, x: net.bn(net.conv(x)) * net.bn.running_var.mean()),
         (0, lambda net, x: net.bn(torch.cat([net.conv(x)[:1], x[1:]]))),
+        (0, lambda net, x: (lambda h: net.bn(h) + h.mT.mean())(net.conv(x))),
+        (1, lambda net, x: (lambda h: net.bn(h) * h.shape[1])(net.conv(x))),
     ],
 )
 def test_only_what_is_next_to_each_other(folds, run) -> None:
@@ -356,6 +359,15 @@ def test_hooks_on_parts_are_called() -> None:
         assert len(gates) == 1
         torch.testing.assert_close(y, x * gates[0])
         torch.testing.assert_close(fused(x), y)
+
+
+def test_gates_can_be_looked_at() -> None:
+    model = lived_in(timm.create_model('atac_resnet8_cifar'), dtype=torch.float32)
+    x = images(model)
+    expected, found = gate_maps(model, x), gate_maps(fuse(model), x)
+    assert found.keys() == expected.keys()
+    for name, gate in found.items():
+        torch.testing.assert_close(gate, expected[name], rtol=1e-4, atol=1e-5)
 
 
 def test_nothing_to_save_or_load(tmp_path) -> None:

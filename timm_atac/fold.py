@@ -116,14 +116,15 @@ class Adjacency(Watcher):
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
         inside = self._stack[-1] if self._stack else None
-        if getattr(func, '__name__', '') not in _HARMLESS:
+        output = func(*args, **(kwargs or {}))
+        if getattr(func, '__name__', '') not in _HARMLESS or isinstance(output, torch.Tensor):  # x.T is a `__get__` too
             for value in tree_iter((args, kwargs)):
                 owner = self._owner.get(id(value))
                 if owner is not None and owner is not inside:
                     self._excluded.add(owner)
                 if self._norm_of.get(self._layer(value)) not in self._stack:
                     self._use(value)
-        return func(*args, **(kwargs or {}))
+        return output
 
     def _layer(self, value: Any) -> Any:
         return self._source[id(value)][1] if id(value) in self._source else None

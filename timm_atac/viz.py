@@ -15,18 +15,19 @@ from timm.data import create_transform, resolve_model_data_config
 from torch.utils.hooks import RemovableHandle
 
 from ._timm import input_size
+from .fused import FusedATAC
 from .layers import ATAC, SEActivation
 from .plot import plot_gates
 
 __all__ = ['gate_maps', 'gated_units', 'gates_picture', 'plot_gates']
 
 
-def gated_units(model: nn.Module) -> dict[str, ATAC]:
-    """The units of a model that have a gate, by name: `ATAC`, `SEActivation` and `LocalSE` with a `gate_layer`."""
+def gated_units(model: nn.Module) -> dict[str, ATAC | FusedATAC]:
+    """The units of a model that have a gate, by name: `ATAC`, `SEActivation`, `LocalSE`, and fused ones."""
     return {
         name: unit
         for name, unit in model.named_modules()
-        if isinstance(unit, ATAC) and not isinstance(unit.gate, nn.Identity)
+        if isinstance(unit, (ATAC, FusedATAC)) and not isinstance(unit.gate, nn.Identity)
     }
 
 
@@ -78,7 +79,7 @@ def gate_maps(model: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
     return gates
 
 
-def _watch(name: str, unit: ATAC, gates: dict[str, torch.Tensor]) -> Iterator[RemovableHandle]:
+def _watch(name: str, unit: ATAC | FusedATAC, gates: dict[str, torch.Tensor]) -> Iterator[RemovableHandle]:
     """Hooks that put the unit's gates into `gates`: the gate has the values, the unit the layout of its input."""
     latest: list[torch.Tensor] = []
 
@@ -95,7 +96,7 @@ def _watch(name: str, unit: ATAC, gates: dict[str, torch.Tensor]) -> Iterator[Re
     yield unit.register_forward_hook(on_unit, prepend=True)  # others may change the output
 
 
-def _channels_first(unit: ATAC, gate: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+def _channels_first(unit: ATAC | FusedATAC, gate: torch.Tensor, shape: torch.Size) -> torch.Tensor:
     """Undo what `ChannelModule.forward` does to the positions of an input of `shape`: the gate is (B, C, N, 1)."""
     positions = shape[2:] if unit.input_fmt in ('NCHW', 'NCL') else shape[1:-1]
     if isinstance(unit, SEActivation) or not positions:
