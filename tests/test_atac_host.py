@@ -66,7 +66,8 @@ def test_saved_and_loaded(case, tmp_path) -> None:
     again: Any = timm.create_model(name, pretrained=True).eval()
     assert units(again) == units(model)
     x = images(2, *model.pretrained_cfg['input_size'])
-    torch.testing.assert_close(again(x), model(x), rtol=0, atol=0)
+    with torch.no_grad():  # with gradients, ATAC and ATACMe differ in the last bit
+        torch.testing.assert_close(again(x), model(x), rtol=0, atol=0)
     assert tuple(again.pretrained_cfg['mean']) == model.pretrained_cfg['mean']
 
 
@@ -212,7 +213,8 @@ def test_a_host_from_a_folder_is_saved_by_its_name(tmp_path) -> None:
     save_for_hf(randomise(model), str(tmp_path / 'whole'), safe_serialization=SAFE, model_args=args)
     again = timm.create_model(f'local-dir:{tmp_path / "whole"}', pretrained=True).eval()
     x = images()
-    torch.testing.assert_close(again(x), model(x), rtol=0, atol=0)
+    with torch.no_grad():
+        torch.testing.assert_close(again(x), model(x), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize('host', [5, '', {}, {'num_classes': 7}])

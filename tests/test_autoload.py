@@ -16,7 +16,7 @@ WITH_US = """
 import timm
 from timm.layers import get_act_layer
 assert {'atac_resnet50', 'resnet8_cifar'} <= set(timm.list_models()), 'not registered'
-assert get_act_layer('atac').__name__ == 'ATAC'
+assert get_act_layer('atac').__name__ == 'ATACMe'
 model = timm.create_model('atac_resnet8_cifar')
 print('registered')
 """

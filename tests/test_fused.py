@@ -189,6 +189,11 @@ class Net(nn.Module):
         return self.run(self, x)
 
 
+def _kept(net: Any, x: torch.Tensor) -> torch.Tensor:
+    net.last = net.conv(x)
+    return net.bn(net.last)
+
+
 def _in_place(net: Any, x: torch.Tensor) -> torch.Tensor:
     h = net.conv(x)
     h.mul_(2)
@@ -209,6 +214,10 @@ def _in_place(net: Any, x: torch.Tensor) -> torch.Tensor:
         (0, lambda net, x: net.bn(net.bn(net.conv(x)))),
         (0, lambda net, x: net.bn(net.conv(x)) * net.conv.weight.mean()),
         (0, lambda net, x: net.bn(net.conv(x)) * net.bn.running_var.mean()),
+        (0, lambda net, x: (net.bn(net.conv(x)), net.conv.weight)),
+        (0, lambda net, x: net.bn.train()(net.conv(x))),
+        (0, _kept),
+        (1, lambda net, x: net.bn(net.conv(x)) * net.bn.eps),
         (0, lambda net, x: net.bn(torch.cat([net.conv(x)[:1], x[1:]]))),
         (0, lambda net, x: (lambda h: net.bn(h) + h.mT.mean())(net.conv(x))),
         (1, lambda net, x: (lambda h: net.bn(h) * h.shape[1])(net.conv(x))),
@@ -245,6 +254,74 @@ def test_what_stays(change, by_value) -> None:
     fused = fuse(model, example_input=x)
     assert not isinstance(fused.bn, nn.Identity)
     torch.testing.assert_close(fused(x), model(x), rtol=1e-12, atol=1e-12)
+
+
+class Ensemble(nn.Module):
+    """Something else than a wrapper that has its model by the same name."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.module(x) + self.module(x.flip(3))
+
+
+def _with_a_hook(model: Any) -> None:
+    model.layer4[0].act1.register_forward_hook(lambda module, args, y: y * 2)
+
+
+def _with_a_forward(model: Any) -> None:
+    model.layer4[0].act1.forward = lambda x: x * 2
+
+
+def _by_lists(model: Any) -> None:
+    block = model.layer4[0]
+    layers = [block.conv1, block.bn1, block.act1, block.conv2, block.bn2, block.act2, block.downsample]
+    block.layers = layers
+    model.layer4[0] = Listed(layers)
+
+
+class Listed(nn.Module):
+    """Has its layers in a list that PyTorch does not know of, and by name."""
+
+    def __init__(self, layers: list[Any]) -> None:
+        super().__init__()
+        self.layers = layers
+        self.named = nn.ModuleList(layers)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        conv1, bn1, act1, conv2, bn2, act2, downsample = self.layers
+        return act2(bn2(conv2(act1(bn1(conv1(x))))) + downsample(x))
+
+
+@pytest.mark.parametrize('change', [_with_a_hook, _with_a_forward, _by_lists])
+def test_whatever_was_done_to_a_unit(change) -> None:
+    model = lived_in(timm.create_model('atac_resnet18'))
+    change(model)
+    x = images(model)
+    torch.testing.assert_close(fuse(model)(x), model(x), rtol=1e-12, atol=1e-11)
+
+
+def test_features_by_hooks() -> None:
+    model = lived_in(timm.create_model('resnet18', act_layer='atac', features_only=True, feature_cls='hook'))
+    x = images(model)
+    expected, found = model(x), fuse(model)(x)
+    assert [y.shape for y in found] == [y.shape for y in expected]
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-11)
+
+
+def test_no_wrapper() -> None:
+    model = Ensemble(lived_in(timm.create_model('atac_resnet8_cifar')))
+    x = images(model)
+    torch.testing.assert_close(fuse(model, example_input=x)(x), model(x), rtol=1e-12, atol=1e-11)
+
+
+def test_blocks_of_timm_in_float64() -> None:
+    """Some have a method that makes float32 layers of any."""
+    model = lived_in(timm.create_model('repvit_m0_9'), size=64)
+    x = images(model, 64)
+    torch.testing.assert_close(fuse(model)(x), model(x), rtol=1e-11, atol=1e-11)
 
 
 def test_forward_that_needs_values() -> None:
@@ -302,11 +379,12 @@ def test_half_precision_is_folded_exactly() -> None:
     assert norm.running_var is not None
     nn.init.uniform_(norm.weight, 0.5, 1.5)
     nn.init.uniform_(norm.running_var, 0.5, 1.5)
-    exact = fold(copy.deepcopy(conv).double(), copy.deepcopy(norm).double())
-    folded = fold(conv, norm)
-    assert folded.weight.dtype == folded.bias.dtype == torch.bfloat16
-    assert torch.equal(folded.weight, exact.weight.bfloat16())
-    assert torch.equal(folded.bias, exact.bias.bfloat16())
+    exact = copy.deepcopy(conv).double()
+    fold(exact, copy.deepcopy(norm).double())
+    fold(conv, norm)
+    assert conv.weight.dtype == torch.bfloat16 and torch.equal(conv.weight, exact.weight.bfloat16())
+    assert conv.bias is not None and exact.bias is not None
+    assert conv.bias.dtype == torch.bfloat16 and torch.equal(conv.bias, exact.bias.bfloat16())
 
 
 @pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])
@@ -374,9 +452,11 @@ def test_nothing_to_save_or_load(tmp_path) -> None:
     model: Any = timm.create_model('atac_resnet18')
     fused: Any = fuse(model)
     inside: Any = nn.ModuleDict({'student': fused})
-    for owner in (fused, fused.layer4[0].act1, inside, copy.deepcopy(fused)):
+    for owner in (fused, fused.layer1, fused.layer4[0].act1, inside, copy.deepcopy(fused)):
         with pytest.raises(RuntimeError, match=r'fused for inference and has no state dict.*save model.state_dict\(\)'):
             owner.state_dict()
+    with pytest.raises(RuntimeError, match='fused for inference and loads no state dict'):
+        fused.layer1.load_state_dict(model.layer1.state_dict())
     with pytest.raises(RuntimeError, match='fused for inference and loads no state dict'):
         fused.load_state_dict(model.state_dict())
     with pytest.raises(RuntimeError, match='fused for inference'):

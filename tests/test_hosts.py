@@ -97,7 +97,7 @@ def test_every_model() -> None:
         ('vit_pwee_patch16_reg1_gap_256', 'name', 'ok'),
         ('gemma4_vit_167m', 'class', 'ok'),
         ('dm_nfnet_f0', '-', 'takes act_layer and has no activation of it'),
-        ('res2net50_14w_8s', '-', "ValueError: ATAC at 'relu' of timm.models.res2net.Bottle2neck"),
+        ('res2net50_14w_8s', '-', "ValueError: ATACMe at 'relu' of timm.models.res2net.Bottle2neck"),
         ('efficientnet_b1_pruned', '-', 'KeyError'),
     ],
 )

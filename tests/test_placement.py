@@ -6,11 +6,11 @@ import torch
 import torch.nn as nn
 from timm.layers import SEModule, create_act_layer, get_act_layer
 
-from timm_atac import ATAC, NiN, SEActivation
+from timm_atac import ATAC, ATACMe, NiN, SEActivation
 from timm_atac.placement import check_stages, create_activation
 
 
-@pytest.mark.parametrize('name, unit', [('atac', ATAC), ('se_act', SEActivation), ('nin', NiN), ('ATAC', ATAC)])
+@pytest.mark.parametrize('name, unit', [('atac', ATACMe), ('se_act', SEActivation), ('nin', NiN), ('ATAC', ATACMe)])
 def test_names_in_timm(name, unit) -> None:
     assert get_act_layer(name) is unit
     created = create_act_layer(name, channels=64, inplace=True)
@@ -21,7 +21,7 @@ def test_names_in_timm(name, unit) -> None:
 @pytest.mark.parametrize(
     'act_layer, expected',
     [
-        ('atac', ATAC),
+        ('atac', ATACMe),
         (ATAC, ATAC),
         (partial(ATAC, rd_ratio=0.25), ATAC),
         ('se_act', SEActivation),

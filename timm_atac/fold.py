@@ -1,7 +1,6 @@
 """BatchNorms of inference put into the convolutions and linear layers before them, wherever those are in a model."""
 
-import copy
-from collections import OrderedDict
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,17 +14,12 @@ from torch.utils._pytree import tree_iter
 from .eager import is_watched
 from .watch import Watcher
 
-__all__ = ['Adjacency', 'can_fold', 'fold', 'rest_of']
+__all__ = ['Adjacency', 'fold']
 
 _LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, Conv2dSame, nn.Linear)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, FrozenBatchNorm2d)
 _NORMS_WITH_ACT = (BatchNormAct2d, SyncBatchNormAct, FrozenBatchNormAct2d)
 _HARMLESS = ('__get__', 'dim', 'size', '__len__', 'is_contiguous', 'stride', '__hash__')  # tell nothing of the values
-
-
-def can_fold(layer: nn.Module, norm: nn.Module) -> bool:
-    """Whether a layer can take a norm in: both of a known type, without parametrizations or hooks."""
-    return _is_layer(layer) and _is_norm(norm)
 
 
 def _is_layer(module: nn.Module) -> bool:
@@ -38,33 +32,37 @@ def _is_norm(module: Any) -> bool:
 
 
 @torch.no_grad()
-def fold(layer: Any, norm: Any) -> Any:
-    """A new layer, `norm(layer(x))` by running statistics; what else the norm does is left to `rest_of`.
+def fold(layer: Any, norm: Any) -> None:
+    """Change a layer to `norm(layer(x))` by running statistics, and the norm to what is then left to do.
 
-    Computed in float64 and rounded once.
+    Both stay the modules they are, so that whoever refers to them has the changed ones. Computed in float64 and rounded
+    once.
 
     Args:
-        layer: Convolution or linear layer, unchanged.
-        norm: BatchNorm, unchanged.
+        layer: Convolution or linear layer; gets a bias.
+        norm: BatchNorm, which becomes an identity, or of timm's norms with an activation, that activation.
     """
-    folded = copy.deepcopy(layer)
     scale = torch.ones_like(norm.running_var) if norm.weight is None else norm.weight
     shift = torch.zeros_like(norm.running_mean) if norm.bias is None else norm.bias
     values = (layer.weight, layer.bias, norm.running_mean, norm.running_var, norm.eps, scale, shift)
     exact: Any = [v.detach().cpu().double() if isinstance(v, torch.Tensor) else v for v in values]
     weight, bias = (fuse_linear_bn_weights if isinstance(layer, nn.Linear) else fuse_conv_bn_weights)(*exact)
-    wants_grad = layer.weight.requires_grad
-    folded.weight = nn.Parameter(torch.empty_like(layer.weight).copy_(weight), requires_grad=wants_grad)
-    folded.bias = nn.Parameter(layer.weight.new_empty(len(bias)).copy_(bias), requires_grad=wants_grad)
-    return folded
+    like, wants_grad = layer.weight, layer.weight.requires_grad
+    layer.weight = nn.Parameter(torch.empty_like(like).copy_(weight), requires_grad=wants_grad)
+    layer.bias = nn.Parameter(like.new_empty(len(bias)).copy_(bias), requires_grad=wants_grad)
+    norm.__class__ = _Activation if isinstance(norm, _NORMS_WITH_ACT) else nn.Identity
+    norm._parameters.clear()
+    norm._buffers.clear()
 
 
-def rest_of(norm: nn.Module) -> nn.Module:
-    """What is left to do where a norm was: nothing, or the activation that timm has in some norms."""
-    if isinstance(norm, _NORMS_WITH_ACT):
-        parts: Any = OrderedDict(drop=norm.drop, act=norm.act)
-        return nn.Sequential(parts)
-    return nn.Identity()
+class _Activation(nn.Module):
+    """What is left of timm's norms with an activation."""
+
+    drop: nn.Module
+    act: nn.Module
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.act(self.drop(x))
 
 
 class Adjacency(Watcher):
@@ -82,16 +80,21 @@ class Adjacency(Watcher):
         self._excluded: set[nn.Module] = set()
         self._layers = {m for m in original if _is_layer(original[m])}  # our own hooks are not yet on them
         self._norms = {m for m in original if _is_norm(original[m])}
-        # not by None, which every layer without a bias has
-        self._owner = {
-            id(t): m for m in original for t in (*m._parameters.values(), *m._buffers.values()) if t is not None
-        }
+        self._owners: dict[int, list[nn.Module]] = {}  # of a parameter or buffer; None is no tensor
+        for module in original:
+            for value in (*module._parameters.values(), *module._buffers.values()):
+                if value is not None:
+                    self._owners.setdefault(id(value), []).append(module)
         self._source: dict[int, tuple[torch.Tensor, nn.Module]] = {}  # output -> layer; kept, so that ids stay theirs
 
     def pairs(self, output: Any) -> list[tuple[nn.Module, nn.Module]]:
         """The layers and their norms, given what the model has returned."""
         for value in tree_iter(output):
             self._use(value)
+            self._excluded.update(self._owners.get(id(value), ()))
+        for kept, layer in self._source.values():
+            if sys.getrefcount(kept) > 3:  # ours are the pair, this loop and the call
+                self._excluded.add(layer)
         return [
             (self._original[layer], self._original[norm])
             for layer, norm in self._norm_of.items()
@@ -102,7 +105,7 @@ class Adjacency(Watcher):
         self._runs[module] = self._runs.get(module, 0) + 1
         layer = self._layer(args[0]) if len(args) == 1 and not kwargs else None
         if layer is not None and module in self._norms:
-            if layer in self._norm_of:
+            if layer in self._norm_of or module.training:
                 self._excluded.add(layer)
             self._norm_of[layer] = module
         self._stack.append(module)
@@ -119,9 +122,7 @@ class Adjacency(Watcher):
         output = func(*args, **(kwargs or {}))
         if getattr(func, '__name__', '') not in _HARMLESS or isinstance(output, torch.Tensor):  # x.T is a `__get__` too
             for value in tree_iter((args, kwargs)):
-                owner = self._owner.get(id(value))
-                if owner is not None and owner is not inside:
-                    self._excluded.add(owner)
+                self._excluded.update(owner for owner in self._owners.get(id(value), ()) if owner is not inside)
                 if self._norm_of.get(self._layer(value)) not in self._stack:
                     self._use(value)
         return output

@@ -9,11 +9,13 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers.activations import Sigmoid
-from timm.utils import reparameterize_model, unwrap_model
+from timm.utils import ModelEmaV2, ModelEmaV3
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
 
 from .complete import ChannelModule
 from .eager import is_recorded, is_watched
-from .fold import Adjacency, can_fold, fold, rest_of
+from .fold import Adjacency, fold
 from .kernels.gate import gate_
 from .layers import ATAC, LocalSE
 from .lean import ATACMe
@@ -23,6 +25,7 @@ from .watch import example_inputs, run_watched, shapes
 __all__ = ['FusedATAC', 'fuse']
 
 _logger = logging.getLogger(__name__)
+_WRAPPERS = (nn.DataParallel, DistributedDataParallel, AveragedModel, ModelEmaV2, ModelEmaV3)
 
 
 class FusedATAC(ChannelModule):
@@ -31,31 +34,35 @@ class FusedATAC(ChannelModule):
     Where nothing has to be kept for a backward pass, each value is overwritten as soon as the next is known.
 
     Args:
-        unit: What it computes, in `eval()`; unchanged. A norm that is no BatchNorm stays.
+        unit: Whose parts it takes, with norms that are folded, or are still there.
     """
 
     def __init__(self, unit: ATAC) -> None:
         super().__init__(unit.input_fmt)
         self.channels, self.place = unit.channels, unit.place
-        self.conv1, self.bn1 = _folded(unit.conv1, unit.bn1)
-        self.act = unit.act
-        self.conv2, self.bn2 = _folded(unit.conv2, unit.bn2)
-        self.gate = unit.gate
-        self.is_standard = (
-            isinstance(self.bn1, nn.Identity)
-            and isinstance(self.bn2, nn.Identity)
-            and type(unit.act) is nn.ReLU
-            and type(unit.gate) in (nn.Sigmoid, Sigmoid)
-        )
+        self.conv1, self.bn1, self.act = unit.conv1, unit.bn1, unit.act
+        self.conv2, self.bn2, self.gate = unit.conv2, unit.bn2, unit.gate
 
     def activate(self, x: torch.Tensor) -> torch.Tensor:
         if not torch.jit.is_scripting():
-            parts = (self.conv1, self.act, self.conv2, self.gate)
-            watched = any(is_watched(part) for part in parts)
-            if self.is_standard and not watched and not torch.is_grad_enabled() and not is_recorded(x):
+            if not torch.is_grad_enabled() and not is_recorded(x) and self._is_standard():
                 return self._activate_in_place(x)
         return x * self.gate(self.bn2(self.conv2(self.act(self.bn1(self.conv1(x))))))
 
+    @torch.jit.unused
+    def _is_standard(self) -> bool:
+        parts = (self.conv1, self.bn1, self.act, self.conv2, self.bn2, self.gate)
+        return (
+            type(self.conv1) is type(self.conv2) is nn.Conv2d
+            and self.conv1.bias is not None
+            and self.conv2.bias is not None
+            and type(self.bn1) is type(self.bn2) is nn.Identity
+            and type(self.act) is nn.ReLU
+            and type(self.gate) in (nn.Sigmoid, Sigmoid)
+            and not any(is_watched(part) for part in parts)
+        )
+
+    @torch.jit.unused
     def _activate_in_place(self, x: torch.Tensor) -> torch.Tensor:
         dtype = autocast_dtype(x)
         with without_autocast(x.device):
@@ -72,17 +79,14 @@ class FusedATAC(ChannelModule):
 def _product(rows: torch.Tensor, conv: Any, dtype: torch.dtype | None, relu: bool = False) -> torch.Tensor:
     """A 1x1 convolution of (N, C), with bias and ReLU in the product's own pass where the device can do that."""
     rows, weight, bias = cast(rows, dtype), cast(conv.weight.flatten(1), dtype), cast(conv.bias, dtype)
-    if relu:
+    if relu and rows.device.type in ('cpu', 'cuda'):
         return torch._addmm_activation(bias, rows, weight.t())
-    return F.linear(rows, weight, bias)
+    product = F.linear(rows, weight, bias)
+    return product.relu_() if relu else product
 
 
 def _convolution(x: torch.Tensor, conv: Any, dtype: torch.dtype | None) -> torch.Tensor:
     return F.conv2d(cast(x, dtype), cast(conv.weight, dtype), cast(conv.bias, dtype))
-
-
-def _folded(conv: nn.Module, norm: nn.Module) -> tuple[nn.Module, nn.Module]:
-    return (fold(conv, norm), rest_of(norm)) if can_fold(conv, norm) else (conv, norm)
 
 
 @torch.no_grad()
@@ -90,11 +94,13 @@ def fuse(model: nn.Module, *, example_input: Any = None) -> nn.Module:
     """Make a model for inference of another one: the same function in fewer operations.
 
     BatchNorms go into the convolutions and linear layers before them, as a forward pass shows them (on the `meta`
-    device where the model can do that); what timm can reparameterize is; each `ATAC` becomes a `FusedATAC`. The rest
-    stays as it is: norms behind something else, several norms behind one layer, layers with hooks, other norms.
+    device where the model can do that); blocks that timm can reparameterize are; each `ATAC` becomes a `FusedATAC`. The
+    rest stays as it is: norms behind something else, several norms behind one layer, what has hooks, other norms. What
+    a model would do for other inputs than `example_input`, on another way through its code, is not seen.
 
     Args:
-        model: Any model, on any device; unchanged. Of one that is compiled or wrapped by DDP, what is inside.
+        model: Any model, on any device; unchanged. Of one that is compiled, or wrapped for parallel training or
+            averaging, what is inside.
         example_input: What the model takes: a tensor, or a tuple of positional arguments. None is a batch of two
             images of the size for which timm has created the model, or (2, 3, 224, 224).
 
@@ -104,7 +110,12 @@ def fuse(model: nn.Module, *, example_input: Any = None) -> nn.Module:
     Raises:
         ValueError: The model does not take `example_input`.
     """
-    fused = reparameterize_model(copy.deepcopy(unwrap_model(model)).eval(), inplace=True)
+    fused = copy.deepcopy(_unwrapped(model)).eval()
+    for module in list(fused.modules()):  # what has branches, such as RepVGG's block, makes one convolution of them
+        by_timm = type(module).__module__.startswith('timm.') and hasattr(module, 'reparameterize')
+        if by_timm and not any(is_watched(part) for part in module.modules()):
+            block: Any = module
+            block.reparameterize()
     inputs = example_inputs(fused, example_input)
     try:
         watcher, output, _ = run_watched(fused, inputs, Adjacency)
@@ -114,18 +125,32 @@ def fuse(model: nn.Module, *, example_input: Any = None) -> nn.Module:
             f'Give an example_input that it takes, a tensor or a tuple of positional arguments.'
         ) from error
 
-    folded: dict[nn.Module, nn.Module] = {}
-    for layer, norm in watcher.pairs(output):
-        folded |= {layer: fold(layer, norm), norm: rest_of(norm)}
-    fused = _replace(fused, folded)
-    units = [m for m in fused.modules() if isinstance(m, ATAC) and type(m) in (ATAC, ATACMe, LocalSE)]
-    fused = _replace(fused, {unit: FusedATAC(unit) for unit in units}).eval()
+    pairs = watcher.pairs(output)
+    for layer, norm in pairs:
+        fold(layer, norm)
+    units: dict[nn.Module, nn.Module] = {}
     for module in fused.modules():
-        if module is fused or isinstance(module, FusedATAC):
-            module.register_state_dict_pre_hook(_refuse_to_save)
-            module.register_load_state_dict_pre_hook(_refuse_to_load)
-    _logger.info('%s: %d norms folded, %d units', type(fused).__name__, len(folded) // 2, len(units))
+        if isinstance(module, ATAC) and _is_one_of_ours(module):
+            units[module] = FusedATAC(module)
+    fused = _replace(fused, units).eval()
+    for module in fused.modules():
+        module.register_state_dict_pre_hook(_refuse_to_save)
+        module.register_load_state_dict_pre_hook(_refuse_to_load)
+    _logger.info('%s: %d norms folded, %d units', type(fused).__name__, len(pairs), len(units))
     return fused
+
+
+def _is_one_of_ours(unit: ATAC) -> bool:
+    """Whether a unit computes what it is said to, and nobody looks on."""
+    changed = {'activate', 'bottleneck'} & vars(unit).keys()
+    return type(unit) in (ATAC, ATACMe, LocalSE) and not changed and not is_watched(unit)
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    while isinstance(model, _WRAPPERS) or type(model).__name__ == 'OptimizedModule':
+        inside: Any = model._orig_mod if hasattr(model, '_orig_mod') else model.module
+        model = inside
+    return model
 
 
 def _replace(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> nn.Module:
