@@ -401,7 +401,7 @@ def test_autocast(memory_format) -> None:
 
 
 @pytest.mark.filterwarnings('ignore:The TorchScript type system:UserWarning')
-@pytest.mark.parametrize('name', ['atac_resnet18', 'atac_resnet8_cifar'])
+@pytest.mark.parametrize('name', ['atac_resnet8_cifar'])
 def test_exports(name, run_onnx) -> None:
     model = lived_in(timm.create_model(name), dtype=torch.float32)
     fused = fuse(model)

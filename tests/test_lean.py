@@ -457,7 +457,7 @@ def _sync(rank: int, folder: str, sizes: tuple[int, ...]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('sizes, affine', [((3, 1), True), ((2, 2), False), ((4, 0), True)])
+@pytest.mark.parametrize('sizes, affine', [((3, 1), True), ((4, 0), False)])
 def test_synchronized_norms(tmp_path, sizes, affine) -> None:
     """Two processes with parts of a batch, one of them perhaps without images, against one with all of it."""
     plain, lean = pair(norm_layer=lambda channels, **dd: nn.BatchNorm2d(channels, affine=affine, **dd))
