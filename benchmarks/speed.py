@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Time and memory of the ATAC networks beside those of timm, and of the unit beside a copy: ratios, in one process.
 
-    python benchmarks/speed.py                                  # on a CPU: both tables of the README
+    python benchmarks/speed.py                                  # on a CPU: the tables of the README
     python benchmarks/speed.py --what units                     # one of them
     python benchmarks/speed.py --mode compile --models resnet50 atac_resnet50
     python benchmarks/speed.py --device cuda --batch-size 256 --mode bf16 --rounds 30 --plot speed.png
@@ -57,7 +57,6 @@ class Mode(NamedTuple):
         if self.channels_last:
             module = module.to(memory_format=torch.channels_last)
         if self.compiled:
-            torch.compiler.reset()
             return torch.compile(module, mode='max-autotune-no-cudagraphs' if self.device.type == 'cuda' else None)
         return module
 
@@ -158,6 +157,7 @@ def units(mode: Mode, batch: int, rounds: int) -> dict[str, dict[str, Any]]:
     """For each shape and form: seconds, over those of a copy, and GB/s where x is read and y is written once."""
     results: dict[str, dict[str, Any]] = {}
     for channels, height, width in shapes():
+        torch.compiler.reset()  # of the shape before
         unit = ATAC(channels)
         lean = ATACMe(channels)
         lean.load_state_dict(unit.state_dict())
@@ -254,6 +254,11 @@ def main() -> None:
     args = parser.parse_args()
 
     mode = Mode(*MODES[args.mode], device=torch.device(args.device))
+    if (
+        mode.compiled
+    ):  # all models run the code of one class, and what is compiled eight times is run eagerly from then on
+        torch._dynamo.config.recompile_limit = 64
+        torch._dynamo.config.fail_on_recompile_limit_hit = True
     setting = f'{device_name(mode.device)}, {args.mode}, batch {args.batch_size}, torch {torch.__version__}'
     print(setting)
     tables = {}

@@ -8,40 +8,13 @@ import pytest
 import timm
 import torch
 import torch.nn as nn
+from fused_models import images, lived_in, norms, scale
 from timm.layers import convert_sync_batchnorm
 from timm.models import save_for_hf
-from timm.utils import freeze
-from torch.nn.utils import parametrize
 
-from timm_atac import ATAC, ATACMe, LocalSE, NiN, SEActivation, fuse, replace_activations
-from timm_atac.fold import fold
+from timm_atac import ATAC, ATACMe, LocalSE, fuse, replace_activations
 from timm_atac.fused import FusedATAC
-from timm_atac.kernels.gate import gate_
 from timm_atac.viz import gate_maps
-
-_BATCH_NORM = nn.modules.batchnorm._BatchNorm
-
-
-def lived_in(model: Any, size: int = 32, dtype: torch.dtype = torch.float64) -> Any:
-    """A model whose norms have scales, shifts, and the statistics of a batch."""
-    model = model.to(dtype).train()
-    for norm in norms(model):
-        norm.momentum = None
-        if norm.weight is not None:
-            nn.init.uniform_(norm.weight, 0.5, 1.5)
-            nn.init.normal_(norm.bias)
-    with torch.no_grad():
-        model(images(model, size))
-    return model.eval()
-
-
-def images(model: nn.Module, size: int = 32) -> torch.Tensor:
-    like = next(model.parameters())
-    return torch.randn(8, 3, size, size, device=like.device, dtype=like.dtype)
-
-
-def norms(model: nn.Module) -> list[Any]:
-    return [m for m in model.modules() if isinstance(m, _BATCH_NORM)]
 
 
 def units(model: nn.Module) -> list[FusedATAC]:
@@ -95,10 +68,6 @@ def test_same_function(name) -> None:
     assert after.keys() == before.keys() and all(torch.equal(after[key], before[key]) for key in before)
     own = {p.data_ptr() for p in model.parameters()}
     assert not any(p.data_ptr() in own for p in fused.parameters())
-
-
-def scale(values: Any) -> float:
-    return max(v.abs().max().item() for v in (values if isinstance(values, list) else [values]))
 
 
 @pytest.mark.parametrize('name', ['atac_resnet18', 'atac_resnet8_cifar'])
@@ -175,87 +144,6 @@ def test_subclass_keeps_its_formula() -> None:
     torch.testing.assert_close(fused(x), model(x), rtol=1e-12, atol=1e-12)
 
 
-class Net(nn.Module):
-    """Two layers and two norms, put together in a given way."""
-
-    def __init__(self, run: Any, **layers: nn.Module) -> None:
-        super().__init__()
-        self.conv, self.bn, self.other = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3), nn.BatchNorm2d(3)
-        for name, layer in layers.items():
-            setattr(self, name, layer)
-        self.run = run
-
-    def forward(self, x: torch.Tensor) -> Any:
-        return self.run(self, x)
-
-
-def _kept(net: Any, x: torch.Tensor) -> torch.Tensor:
-    net.last = net.conv(x)
-    return net.bn(net.last)
-
-
-def _in_place(net: Any, x: torch.Tensor) -> torch.Tensor:
-    h = net.conv(x)
-    h.mul_(2)
-    return net.bn(h)
-
-
-@pytest.mark.parametrize(
-    'folds, run',
-    [
-        (1, lambda net, x: net.bn(net.conv(x))),
-        (1, lambda net, x: net.bn(net.conv(x)) + x),
-        (0, lambda net, x: net.bn(net.conv(x).relu())),
-        (0, _in_place),
-        (0, lambda net, x: (lambda h: net.bn(h) + h)(net.conv(x))),
-        (0, lambda net, x: (lambda h: (net.bn(h), h))(net.conv(x))),
-        (0, lambda net, x: (lambda h: net.bn(h) + net.other(h))(net.conv(x))),
-        (0, lambda net, x: net.bn(net.conv(net.conv(x)))),
-        (0, lambda net, x: net.bn(net.bn(net.conv(x)))),
-        (0, lambda net, x: net.bn(net.conv(x)) * net.conv.weight.mean()),
-        (0, lambda net, x: net.bn(net.conv(x)) * net.bn.running_var.mean()),
-        (0, lambda net, x: (net.bn(net.conv(x)), net.conv.weight)),
-        (0, lambda net, x: net.bn.train()(net.conv(x))),
-        (0, _kept),
-        (1, lambda net, x: net.bn(net.conv(x)) * net.bn.eps),
-        (0, lambda net, x: net.bn(torch.cat([net.conv(x)[:1], x[1:]]))),
-        (0, lambda net, x: (lambda h: net.bn(h) + h.mT.mean())(net.conv(x))),
-        (1, lambda net, x: (lambda h: net.bn(h) * h.shape[1])(net.conv(x))),
-    ],
-)
-def test_only_what_is_next_to_each_other(folds, run) -> None:
-    model = lived_in(Net(run))
-    x = images(model)
-    fused = fuse(model, example_input=x)
-    assert isinstance(fused.bn, nn.Identity) == bool(folds)
-    torch.testing.assert_close(fused(x), model(x), rtol=1e-12, atol=1e-12)
-
-
-def _hooked(net: Any) -> None:
-    net.conv.register_forward_hook(lambda module, args, y: y * 2)
-
-
-def _parametrized(net: Any) -> None:
-    parametrize.register_parametrization(net.conv, 'weight', nn.Tanh())
-
-
-def _without_statistics(net: Any) -> None:
-    net.bn = nn.BatchNorm2d(3, track_running_stats=False).double()
-
-
-@pytest.mark.parametrize('change', [_hooked, _parametrized, _without_statistics])
-@pytest.mark.parametrize('by_value', [False, True])
-def test_what_stays(change, by_value) -> None:
-    """Also where the forward pass needs values, so that it cannot run on the meta device."""
-    model = lived_in(Net(lambda net, x: net.bn(net.conv(x)) * (x.sum().item() if by_value else 1)))
-    change(model)
-    model.eval()
-    x = images(model)
-    fused = fuse(model, example_input=x)
-    assert not isinstance(fused.bn, nn.Identity)
-    torch.testing.assert_close(fused(x), model(x), rtol=1e-12, atol=1e-12)
-
-
 class Ensemble(nn.Module):
     """Something else than a wrapper that has its model by the same name."""
 
@@ -322,69 +210,6 @@ def test_blocks_of_timm_in_float64() -> None:
     model = lived_in(timm.create_model('repvit_m0_9'), size=64)
     x = images(model, 64)
     torch.testing.assert_close(fuse(model)(x), model(x), rtol=1e-11, atol=1e-11)
-
-
-def test_forward_that_needs_values() -> None:
-    model = lived_in(Net(lambda net, x: net.bn(net.conv(x)) * x.sum().item()))
-    x = images(model)
-    fused = fuse(model, example_input=x)
-    assert isinstance(fused.bn, nn.Identity)
-    torch.testing.assert_close(fused(x), model(x), rtol=1e-12, atol=1e-9)
-
-
-@pytest.mark.parametrize(
-    'layer, norm, shape',
-    [
-        (nn.Conv1d(3, 5, 3), nn.BatchNorm1d(5), (4, 3, 9)),
-        (nn.Conv3d(3, 5, 3, groups=1), nn.BatchNorm3d(5, affine=False), (4, 3, 5, 5, 5)),
-        (nn.Conv2d(4, 6, 3, stride=2, groups=2, dilation=2, bias=False), nn.BatchNorm2d(6), (4, 4, 9, 9)),
-        (timm.layers.Conv2dSame(3, 5, 3, stride=2), nn.BatchNorm2d(5, eps=0.1), (4, 3, 8, 8)),
-        (nn.Linear(3, 5), nn.BatchNorm1d(5), (7, 3)),
-    ],
-)
-def test_layers(layer, norm, shape) -> None:
-    model = nn.Sequential(layer, norm).double().train()
-    x = torch.randn(shape, dtype=torch.float64)
-    model(x * 3 + 1)
-    expected = model.eval()(x)
-    fused: Any = fuse(model, example_input=x)
-    assert isinstance(fused[1], nn.Identity)
-    torch.testing.assert_close(fused(x), expected, rtol=1e-12, atol=1e-12)
-
-
-def test_linear_layer_of_tokens_stays() -> None:
-    """Its channels are the last dimension, a BatchNorm's the second."""
-    model = nn.Sequential(nn.Linear(5, 5), nn.BatchNorm1d(5)).double()
-    x = torch.randn(4, 5, 5, dtype=torch.float64)
-    model(x)
-    fused: Any = fuse(model.eval(), example_input=x)
-    assert isinstance(fused[1], nn.BatchNorm1d)
-    torch.testing.assert_close(fused(x), model(x))
-
-
-def test_frozen_norms() -> None:
-    model = lived_in(timm.create_model('atac_resnet18'))
-    frozen: Any = copy.deepcopy(model)
-    freeze(frozen)
-    assert not norms(frozen)
-    fused = fuse(frozen)
-    assert not [m for m in fused.modules() if 'BatchNorm' in type(m).__name__]
-    x = images(model)
-    torch.testing.assert_close(fused(x), model(x), rtol=1e-11, atol=1e-11)
-
-
-def test_half_precision_is_folded_exactly() -> None:
-    """Rounded once: nearer to float64 than a product of rounded numbers."""
-    conv, norm = nn.Conv2d(16, 16, 1).bfloat16(), nn.BatchNorm2d(16).eval().bfloat16()
-    assert norm.running_var is not None
-    nn.init.uniform_(norm.weight, 0.5, 1.5)
-    nn.init.uniform_(norm.running_var, 0.5, 1.5)
-    exact = copy.deepcopy(conv).double()
-    fold(exact, copy.deepcopy(norm).double())
-    fold(conv, norm)
-    assert conv.weight.dtype == torch.bfloat16 and torch.equal(conv.weight, exact.weight.bfloat16())
-    assert conv.bias is not None and exact.bias is not None
-    assert conv.bias.dtype == torch.bfloat16 and torch.equal(conv.bias, exact.bias.bfloat16())
 
 
 @pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])
@@ -479,46 +304,6 @@ def test_fused_twice() -> None:
     model = lived_in(timm.create_model('atac_resnet8_cifar'))
     x = images(model)
     torch.testing.assert_close(fuse(fuse(model))(x), model(x), rtol=1e-12, atol=1e-11)
-
-
-@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_gate(dtype) -> None:
-    """Every size of z, infinite ones too, with other strides than those of x."""
-    ends = [
-        -torch.inf,
-        -1e4,
-        -100,
-        -88.5,
-        -20,
-        -1e-3,
-        0,
-        1,
-        11,
-        17,
-        49.75,
-        50,
-        50.25,
-        89,
-        710,
-        1e4,
-        torch.inf,
-        torch.nan,
-    ]
-    z = torch.tensor(ends, dtype=dtype).repeat(7, 1).t()
-    x = torch.randn(z.shape).to(dtype)
-    expected = x.double() * z.double().sigmoid()
-    out = gate_(x, z)
-    assert out is z
-    torch.testing.assert_close(
-        out.double(), expected, rtol=2 * torch.finfo(dtype).eps, atol=torch.finfo(dtype).tiny, equal_nan=True
-    )
-
-
-def test_other_units_are_folded_in_place() -> None:
-    model = nn.Sequential(nn.Conv2d(3, 6, 1), NiN(6), SEActivation(6)).eval()
-    fused: Any = fuse(model, example_input=torch.zeros(2, 3, 4, 4))
-    assert [type(m) for m in fused] == [nn.Conv2d, NiN, SEActivation]
-    assert not norms(fused)
 
 
 @pytest.mark.gpu

@@ -4,6 +4,7 @@ There nothing is computed and no memory is spent.
 """
 
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, TypeVar
@@ -18,14 +19,16 @@ from . import _timm
 __all__ = ['Watcher', 'example_inputs', 'floating', 'run_watched', 'shapes']
 
 
-class Watcher(TorchFunctionMode):
+class Watcher(TorchFunctionMode, ABC):
     """Sees the modules and functions of a forward pass."""
 
+    @abstractmethod
     def enter(self, module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> None:
-        raise NotImplementedError
+        """A module is about to run."""
 
+    @abstractmethod
     def leave(self, module: nn.Module, args: tuple, output: Any) -> None:
-        raise NotImplementedError
+        """A module has run."""
 
 
 W = TypeVar('W', bound=Watcher)
