@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from .atac_resnet import AtacResNet as AtacResNet
     from .cifar_resnet import CifarResNet as CifarResNet
     from .fused import fuse as fuse
+    from .kernels.switch import use_kernels as use_kernels
     from .layers import ATAC as ATAC
     from .layers import LocalSE as LocalSE
     from .layers import NiN as NiN
@@ -34,6 +35,7 @@ _HOMES = {
     'fuse': 'fused',
     'read_params': 'weights.params',
     'replace_activations': 'replace',
+    'use_kernels': 'kernels.switch',
     'write_params': 'weights.params',
 }
 _MODULES = ('viz',)

@@ -71,16 +71,33 @@ class BatchNorm(NamedTuple):
 
     def forward(self, h: torch.Tensor, weight: Any, bias: Any) -> tuple[torch.Tensor, Statistics]:
         """Normalise (B, C, H, W), and update the running statistics."""
-        if self.group is not None:
-            statistics = self._shared(h)
-        elif self.by_batch:
+        if self.by_batch and self.group is None:
             args = (weight, bias, self.running_mean, self.running_var, True, self.momentum, self.eps)
             y, mean, invstd = torch.native_batch_norm(h, *args)
             return y, Statistics(mean, invstd)
-        else:
-            assert self.running_mean is not None and self.running_var is not None
-            statistics = Statistics(self.running_mean.clone(), self.running_var.clone())  # others may update them
+        statistics = self.statistics(h)
         return self.again(h, weight, bias, statistics), statistics
+
+    def statistics(self, h: torch.Tensor) -> Statistics:
+        """What (B, C, H, W) is normalised by, for one who does that; updates the running statistics."""
+        if self.group is not None:
+            return self._shared(h)
+        if not self.by_batch:
+            assert self.running_mean is not None and self.running_var is not None
+            return Statistics(self.running_mean.clone(), self.running_var.clone())  # others may update them
+        if self.running_mean is not None and self.running_mean.dtype == torch.float32:
+            mean, var = _aten.batch_norm_update_stats.default(h, self.running_mean, self.running_var, self.momentum)
+        else:  # on a CPU, it would return the narrower type
+            var, mean = torch.var_mean(h.to(_precise(h)), (0, 2, 3), correction=0)
+            self._update(mean, var, h.numel() // h.shape[1])
+        return Statistics(mean, (var + self.eps).rsqrt())
+
+    def scales(self, statistics: Statistics, weight: Any, bias: Any) -> tuple[torch.Tensor, ...]:
+        """Mean, 1 / standard deviation, weight and bias, (C,) each, also of a norm without the last two."""
+        mean, spread, _ = statistics
+        invstd = spread if self.by_batch else (spread + self.eps).rsqrt()
+        weight = torch.ones_like(mean) if weight is None else weight
+        return mean, invstd, weight, torch.zeros_like(mean) if bias is None else bias
 
     def again(self, h: torch.Tensor, weight: Any, bias: Any, statistics: Statistics) -> torch.Tensor:
         """Normalise by known statistics."""
@@ -99,6 +116,26 @@ class BatchNorm(NamedTuple):
         none = mean.new_empty(0)  # CUDA wants tensors
         known = (None, None, mean, spread) if self.by_batch else (mean, spread, none, none)
         return _aten.native_batch_norm_backward.default(grad, h, weight, *known, self.by_batch, self.eps, needed)
+
+    def means(self, sums: torch.Tensor, h: torch.Tensor, statistics: Statistics) -> torch.Tensor:
+        """Over all that a batch's statistics are of: of the gradient of the norm's output, and times the normalised h.
+
+        Args:
+            sums: (2, C), of both over h.
+            h: The norm's input.
+            statistics: Of h.
+
+        Returns:
+            (2, C).
+        """
+        if self.group is None:
+            return sums / (h.numel() // h.shape[1])
+        _, invstd, values = statistics
+        assert values is not None
+        sent = torch.cat((sums[0], sums[1] / invstd))  # of gradients, and of those times h - mean: as SyncBatchNorm
+        dist.all_reduce(sent, group=self.group)
+        by_one, by_input = sent.split(len(invstd))
+        return torch.stack((by_one, by_input * invstd)) / values
 
     def by_autograd(self, h: torch.Tensor, weight: Any, bias: Any, statistics: Statistics) -> torch.Tensor:
         """Normalise as PyTorch does, leaving the running statistics alone.
@@ -120,7 +157,7 @@ class BatchNorm(NamedTuple):
 
         Sends what `SyncBatchNorm` sends, so that a process may use the one while another uses the other.
         """
-        dtype = torch.float64 if h.dtype == torch.float64 else torch.float32
+        dtype = _precise(h)
         count = torch.full((1,), h.numel() // h.shape[1], dtype=dtype, device=h.device)
         if h.numel() > 0:
             var, mean = torch.var_mean(h.to(dtype), (0, 2, 3), correction=0)
@@ -137,16 +174,19 @@ class BatchNorm(NamedTuple):
         mean = (means * counts).sum(0) / count
         variances = torch.where(counts > 0, invstds.pow(-2) - self.eps, 0)
         var = ((variances + (means - mean) ** 2) * counts).sum(0) / count
+        self._update(mean, var, count)
+        return Statistics(mean, (var + self.eps).rsqrt(), count)
+
+    def _update(self, mean: torch.Tensor, var: torch.Tensor, count: torch.Tensor | int) -> None:
         if self.running_mean is not None and self.running_var is not None:
             self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
             self.running_var.lerp_((var * count / (count - 1)).to(self.running_var.dtype), self.momentum)
-        return Statistics(mean, (var + self.eps).rsqrt(), count)
 
     def _shared_backward(
         self, grad: torch.Tensor, h: torch.Tensor, weight: Any, statistics: Statistics, needed: list[bool]
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
         """As `backward`; gradients of weight and bias are of this process's batch, for DDP to average."""
-        mean, invstd, values = statistics
+        mean, invstd, _ = statistics
         scale = invstd if weight is None else weight.to(invstd.dtype) * invstd
         if h.numel() > 0:
             known = (torch.ones_like(mean), None, None, mean, invstd)
@@ -156,12 +196,15 @@ class BatchNorm(NamedTuple):
             grad_weight = grad_bias = torch.zeros_like(mean)
         grad_h = None
         if needed[0]:
-            sums = torch.cat((grad_bias, grad_weight / invstd))  # of gradients, and of those times x - mean
-            dist.all_reduce(sums, group=self.group)
-            by_one, by_x = sums.split(len(mean))
-            by_x = -scale * invstd**2 * by_x / values
-            by_one = -scale * by_one / values - by_x * mean
+            by_one, by_x = self.means(torch.stack((grad_bias, grad_weight)), h, statistics)
+            by_x = -scale * invstd * by_x
+            by_one = -scale * by_one - by_x * mean
             # in the statistics' precision: rounded, the same error at every position would add up in sums over them
             by_one, by_x, by_grad = (v.view(1, -1, 1, 1) for v in (by_one, by_x, scale))
             grad_h = torch.addcmul(by_one, h, by_x).addcmul_(grad, by_grad).to(h.dtype)
         return grad_h, grad_weight if needed[1] else None, grad_bias if needed[2] else None
+
+
+def _precise(h: torch.Tensor) -> torch.dtype:
+    """What statistics of h are computed in."""
+    return torch.float64 if h.dtype == torch.float64 else torch.float32

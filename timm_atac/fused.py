@@ -17,6 +17,7 @@ from .complete import ChannelModule
 from .eager import is_recorded, is_watched
 from .fold import Adjacency, fold
 from .kernels.gate import gate_
+from .kernels.switch import DTYPES, can_run, check_installed, is_wanted, layout
 from .layers import ATAC, LocalSE
 from .lean import ATACMe
 from .precision import autocast_dtype, cast, without_autocast
@@ -31,20 +32,25 @@ _WRAPPERS = (nn.DataParallel, DistributedDataParallel, AveragedModel, ModelEmaV2
 class FusedATAC(ChannelModule):
     """An `ATAC` of inference: `x * sigmoid(conv2(relu(conv1(x))))`, where the convolutions have the norms in them.
 
-    Where nothing has to be kept for a backward pass, each value is overwritten as soon as the next is known.
+    One kernel on a GPU, where that is wanted and can be (`timm_atac.use_kernels`). Else, where nothing has to be kept
+    for a backward pass, each value is overwritten as soon as the next is known.
 
     Args:
         unit: Whose parts it takes, with norms that are folded, or are still there.
+        kernel: Whether it is one kernel; None is what the process wants.
     """
 
-    def __init__(self, unit: ATAC) -> None:
+    def __init__(self, unit: ATAC, kernel: bool | None = None) -> None:
         super().__init__(unit.input_fmt)
+        self.kernel = kernel
         self.channels, self.place = unit.channels, unit.place
         self.conv1, self.bn1, self.act = unit.conv1, unit.bn1, unit.act
         self.conv2, self.bn2, self.gate = unit.conv2, unit.bn2, unit.gate
 
     def activate(self, x: torch.Tensor) -> torch.Tensor:
         if not torch.jit.is_scripting():
+            if is_wanted('atac', x.device, self.channels, self.kernel) and self._fits_kernel(x):
+                return self._activate_by_kernel(x)
             if not torch.is_grad_enabled() and not is_recorded(x) and self._is_standard():
                 return self._activate_in_place(x)
         return x * self.gate(self.bn2(self.conv2(self.act(self.bn1(self.conv1(x))))))
@@ -63,6 +69,28 @@ class FusedATAC(ChannelModule):
         )
 
     @torch.jit.unused
+    def _fits_kernel(self, x: torch.Tensor) -> bool:
+        traced = torch.compiler.is_compiling() and not torch.onnx.is_in_onnx_export()
+        dtype = autocast_dtype(x) or self.conv1.weight.dtype
+        return (
+            can_run(x.device)
+            and dtype in DTYPES
+            and x.dtype in (dtype, torch.float32 if autocast_dtype(x) is not None else dtype)
+            and layout(x) is not None
+            and (traced or not is_recorded(x))
+            and self._is_standard()
+        )
+
+    @torch.jit.unused
+    def _activate_by_kernel(self, x: torch.Tensor) -> torch.Tensor:
+        from .kernels import atac  # loads Triton, and registers the operation
+
+        dtype = autocast_dtype(x)
+        convs: tuple[Any, Any] = (self.conv1, self.conv2)
+        parameters = [cast(t, dtype) for conv in convs for t in (conv.weight.flatten(1), conv.bias)]
+        return atac.atac(x, *parameters)
+
+    @torch.jit.unused
     def _activate_in_place(self, x: torch.Tensor) -> torch.Tensor:
         dtype = autocast_dtype(x)
         with without_autocast(x.device):
@@ -74,6 +102,12 @@ class FusedATAC(ChannelModule):
                 y = _convolution(x, self.conv1, dtype).relu_()
                 y = _convolution(y, self.conv2, dtype)
             return gate_(x, y) if x.dtype == y.dtype else x * y.sigmoid_()
+
+    def extra_repr(self) -> str:
+        weight = self.conv1.weight
+        wanted = is_wanted('atac', weight.device, self.channels, self.kernel)
+        form = 'one kernel' if wanted and can_run(weight.device) and self._is_standard() else 'two products'
+        return f'{super().extra_repr()}, {form} on {weight.device.type}'
 
 
 def _product(rows: torch.Tensor, conv: Any, dtype: torch.dtype | None, relu: bool = False) -> torch.Tensor:
@@ -90,7 +124,7 @@ def _convolution(x: torch.Tensor, conv: Any, dtype: torch.dtype | None) -> torch
 
 
 @torch.no_grad()
-def fuse(model: nn.Module, *, example_input: Any = None) -> nn.Module:
+def fuse(model: nn.Module, *, example_input: Any = None, kernel: bool | None = None) -> nn.Module:
     """Make a model for inference of another one: the same function in fewer operations.
 
     BatchNorms go into the convolutions and linear layers before them, as a forward pass shows them (on the `meta`
@@ -103,13 +137,19 @@ def fuse(model: nn.Module, *, example_input: Any = None) -> nn.Module:
             averaging, what is inside.
         example_input: What the model takes: a tensor, or a tuple of positional arguments. None is a batch of two
             images of the size for which timm has created the model, or (2, 3, 224, 224).
+        kernel: Whether its units are one Triton kernel each where they can be: on a GPU, in float16, bfloat16 or
+            float32, of inputs that lie densely in memory, channels last or first. None is what the process wants
+            (`timm_atac.use_kernels`); printed, each unit tells what it is on the device where its weights are.
 
     Returns:
         A copy in `eval()`, equal to the model within rounding. It has no state dict: save the model it was made of.
 
     Raises:
         ValueError: The model does not take `example_input`.
+        ImportError: `kernel=True`, and Triton is not installed.
     """
+    if kernel:
+        check_installed()
     fused = copy.deepcopy(_unwrapped(model)).eval()
     for module in list(fused.modules()):  # what has branches, such as RepVGG's block, makes one convolution of them
         by_timm = type(module).__module__.startswith('timm.') and hasattr(module, 'reparameterize')
@@ -131,7 +171,7 @@ def fuse(model: nn.Module, *, example_input: Any = None) -> nn.Module:
     units: dict[nn.Module, nn.Module] = {}
     for module in fused.modules():
         if isinstance(module, ATAC) and _is_one_of_ours(module):
-            units[module] = FusedATAC(module)
+            units[module] = FusedATAC(module, kernel)
     fused = _replace(fused, units).eval()
     for module in fused.modules():
         module.register_state_dict_pre_hook(_refuse_to_save)

@@ -18,9 +18,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers.activations import Sigmoid
 
+from . import gated_norm
 from .batch_norm import BatchNorm, Statistics
 from .eager import is_recorded, is_watched
-from .kernels.gate import gate_
 from .layers import ATAC
 from .precision import autocast_dtype, cast, without_autocast
 
@@ -104,8 +104,8 @@ class _Unit(torch.autograd.Function):
         with without_autocast(x.device):
             hidden = F.conv2d(cast(x, dtype), cast(weight1, dtype))
             y, statistics1 = norm1.forward(hidden, scale1, shift1)
-            y, statistics2 = norm2.forward(F.conv2d(y.relu_(), cast(weight2, dtype)), scale2, shift2)
-            y = gate_(x, y) if y.dtype == x.dtype else x * y.sigmoid_()
+            out = F.conv2d(y.relu_(), cast(weight2, dtype))
+            y, statistics2 = gated_norm.forward(x, out, norm2, scale2, shift2)
         ctx.norms, ctx.dtype = (norm1, norm2), dtype
         ctx.save_for_backward(x, weight1, weight2, scale1, shift1, scale2, shift2, hidden, *statistics1, *statistics2)
         return y
@@ -126,24 +126,20 @@ def _backward(ctx: Any, grad_y: torch.Tensor) -> tuple[torch.Tensor | None, ...]
     needs_hidden = needs_x or needs_weight1
     needs_relu = needs_hidden or any(needs_affine[:2])
     w1, w2 = cast(weight1, ctx.dtype), cast(weight2, ctx.dtype)
-    grad_x = grad_scale1 = grad_shift1 = grad_weight1 = None
+    grad_scale1 = grad_shift1 = grad_weight1 = None
 
     relu = norm1.again(hidden, scale1, shift1, statistics1).relu_()
     out = F.conv2d(relu, w2)
-    gate = norm2.again(out, scale2, shift2, statistics2).sigmoid_()
-    grad = _aten.sigmoid_backward.default((grad_y * x).to(gate.dtype), gate)
-    if needs_x:
-        grad_x = (gate * grad_y).to(x.dtype)
-    del gate
-    needed = [needs_relu or needs_weight2, *needs_affine[2:]]
-    grad, grad_scale2, grad_shift2 = norm2.backward(grad, out, scale2, statistics2, needed)
-    del out
+    needed = (needs_x, needs_relu or needs_weight2, *needs_affine[2:])
+    end = gated_norm.backward(grad_y, x, out, norm2, scale2, shift2, statistics2, needed)
+    grad_x, grad, grad_scale2, grad_shift2 = end
+    del out, end
     grad, grad_weight2 = _conv_backward(grad, relu, w2, needs_relu, needs_weight2)
     if needs_relu:
         grad = _aten.threshold_backward.default(grad, relu, 0)
         del relu
-        needed = [needs_hidden, *needs_affine[:2]]
-        grad, grad_scale1, grad_shift1 = norm1.backward(grad, hidden, scale1, statistics1, needed)
+        needed1 = [needs_hidden, *needs_affine[:2]]
+        grad, grad_scale1, grad_shift1 = norm1.backward(grad, hidden, scale1, statistics1, needed1)
         grad, grad_weight1 = _conv_backward(grad, cast(x, ctx.dtype), w1, needs_x, needs_weight1)
     if grad_x is not None:
         grad_x.add_(grad)

@@ -1,0 +1,27 @@
+"""test_kernels.py without a GPU, by Triton's interpreter, which has to be chosen before Triton is imported."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+import torch
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason='runs on the GPU instead')
+def test_kernels_interpreted(tmp_path) -> None:
+    pytest.importorskip('triton', reason='Triton is not installed: there are no kernels')
+    report = tmp_path / 'report.xml'
+    command = [sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', f'--junitxml={report}']
+    done = subprocess.run(
+        [*command, str(Path(__file__).parent / 'test_kernels.py')],
+        env=os.environ | {'TRITON_INTERPRET': '1'},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    cases = list(ElementTree.parse(report).iter('testcase'))
+    skipped = [case.get('name') for case in cases if case.find('skipped') is not None]
+    assert len(cases) > 80 and skipped == ['test_atac_of_more_than_32_bits']

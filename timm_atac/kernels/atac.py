@@ -1,0 +1,191 @@
+"""`x * sigmoid(W2 relu(W1 x + b1) + b2)` in one kernel, where x is read once and the result written once."""
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from ..precision import without_autocast
+from .op import launcher, operation
+from .switch import DTYPES, can_run, is_interpreted, layout
+
+try:
+    from .triton_atac import atac_kernel
+except ImportError:  # no Triton: the formula remains
+    atac_kernel = None
+
+__all__ = ['Tile', 'atac', 'formula', 'launch', 'tile_for']
+
+
+class Tile(NamedTuple):
+    """What one program works on at a time, and how it is compiled."""
+
+    positions: int
+    inputs: int  # channels of x in a step of the first product
+    hidden: int  # less than there are: they are computed again for each tile of output channels
+    outputs: int  # channels of y in a step of the second product
+    warps: int
+    stages: int = 2
+
+
+_HALF, _HALF_CONTIGUOUS, _FLOAT32 = range(3)
+# for hidden channels up to a number: without spilled registers, and within the shared memory of every GPU of capability
+# 8.0 or newer, by `benchmarks/kernel_resources.py`; which is the fastest was not measured yet
+_TILES = {
+    32: (Tile(128, 64, 32, 64, 4), Tile(64, 32, 32, 32, 4), Tile(64, 32, 32, 64, 4)),
+    64: (Tile(128, 64, 64, 128, 8), Tile(64, 64, 64, 64, 8), Tile(64, 32, 64, 64, 8)),
+    128: (Tile(128, 64, 128, 64, 8), Tile(64, 64, 128, 32, 8), Tile(32, 32, 128, 64, 8)),
+    256: (Tile(64, 64, 256, 64, 8), Tile(32, 32, 256, 64, 8), Tile(32, 32, 256, 32, 8)),
+    512: (Tile(32, 64, 512, 32, 8), Tile(16, 64, 512, 32, 8), Tile(16, 32, 512, 32, 8)),
+}
+_LARGEST = (Tile(64, 64, 256, 32, 8), Tile(32, 64, 256, 32, 8), Tile(32, 32, 256, 32, 8))
+
+
+def tile_for(channels: int, hidden: int, dtype: torch.dtype, channels_last: bool) -> Tile:
+    """The tile for weights (hidden, channels) of a type."""
+    column = _FLOAT32 if dtype == torch.float32 else _HALF if channels_last else _HALF_CONTIGUOUS
+    tile = next((tiles for most, tiles in _TILES.items() if hidden <= most), _LARGEST)[column]
+    return tile._replace(
+        inputs=max(min(tile.inputs, _power_of_2(channels)), 16),  # a side of a product has 16 at least
+        hidden=max(min(tile.hidden, _power_of_2(hidden)), 16),
+        outputs=max(min(tile.outputs, _power_of_2(channels)), 16),
+    )
+
+
+def _fake(
+    x: torch.Tensor, weight1: torch.Tensor, bias1: torch.Tensor, weight2: torch.Tensor, bias2: torch.Tensor
+) -> torch.Tensor:
+    hidden = weight1.shape[0]
+    found = [tuple(t.shape) for t in (x, weight1, bias1, weight2, bias2)]
+    if x.ndim != 4 or found[1:] != [(hidden, x.shape[1]), (hidden,), (x.shape[1], hidden), (x.shape[1],)]:
+        raise ValueError(
+            f'atac: got shapes {found}, expected an input (B, C, H, W), weights (K, C) and (C, K), and their biases '
+            f'(K,) and (C,), in the order x, weight1, bias1, weight2, bias2.'
+        )
+    if layout(x) is None:
+        raise ValueError(
+            f'atac: the input of shape {found[0]} has strides {x.stride()}, which is neither channels_last nor '
+            f'contiguous. Call .contiguous() on it, or use the folded convolutions.'
+        )
+    types = {t.dtype for t in (weight1, bias1, weight2, bias2)}
+    if len(types) != 1 or x.dtype not in (torch.float32, weight1.dtype) or not types <= {*DTYPES, torch.float64}:
+        raise ValueError(
+            f'atac: got an input of {x.dtype} and parameters of {types}, expected parameters of one floating-point '
+            f'type and an input of the same, or of float32.'
+        )
+    return torch.empty_like(x)
+
+
+@operation('atac', _fake)
+def atac(
+    x: torch.Tensor, weight1: torch.Tensor, bias1: torch.Tensor, weight2: torch.Tensor, bias2: torch.Tensor
+) -> torch.Tensor:
+    """A folded ATAC unit: `x * sigmoid(weight2 @ relu(weight1 @ x + bias1) + bias2)` at each position.
+
+    On a GPU one kernel, which computes products of the parameters' type and everything else in float32, and rounds
+    once; elsewhere, and in float64, the formula of the same name in this module. Any C, K and number of positions;
+    float32 is multiplied as PyTorch's own products are (`torch.set_float32_matmul_precision`).
+
+    Args:
+        x: (B, C, H, W), channels_last or contiguous, of the parameters' type or float32.
+        weight1: (K, C).
+        bias1: (K,).
+        weight2: (C, K).
+        bias2: (C,).
+
+    Returns:
+        A tensor like x, which no other one shares memory with.
+
+    Raises:
+        ValueError: Other shapes, types or strides.
+    """
+    _fake(x, weight1, bias1, weight2, bias2)
+    if weight1.dtype not in DTYPES or not can_run(x.device):
+        return torch.empty_like(x).copy_(formula(x, weight1, bias1, weight2, bias2))
+    tile = tile_for(x.shape[1], weight1.shape[0], weight1.dtype, layout(x) == torch.channels_last)
+    return launch(x, weight1, bias1, weight2, bias2, tile=tile)
+
+
+def formula(
+    x: torch.Tensor, weight1: torch.Tensor, bias1: torch.Tensor, weight2: torch.Tensor, bias2: torch.Tensor
+) -> torch.Tensor:
+    """What `atac` computes, in plain PyTorch: the reference, and a way for devices without Triton."""
+    with without_autocast(x.device):
+        hidden = F.conv2d(x.to(weight1.dtype), weight1[:, :, None, None], bias1).relu()
+        return x * F.conv2d(hidden, weight2[:, :, None, None], bias2).sigmoid()
+
+
+def launch(
+    x: torch.Tensor,
+    weight1: torch.Tensor,
+    bias1: torch.Tensor,
+    weight2: torch.Tensor,
+    bias2: torch.Tensor,
+    *,
+    tile: Tile,
+) -> torch.Tensor:
+    """Run the kernel with a tile of one's own; the arguments are not checked."""
+    y = torch.empty_like(x)
+    channels, hidden = x.shape[1], weight1.shape[0]
+    area = x.shape[2] * x.shape[3]
+    positions = x.shape[0] * area
+    grid = ((positions + tile.positions - 1) // tile.positions,)
+    parameters = [t.contiguous() for t in (weight1, bias1, weight2, bias2)]
+    launcher(atac_kernel)[grid](
+        x,
+        y,
+        *parameters,
+        positions,
+        area,
+        CHANNELS=channels,
+        HIDDEN=hidden,
+        CHANNELS_LAST=layout(x) == torch.channels_last,
+        PRECISION=_precision(),
+        UPCAST=is_interpreted() and weight1.dtype == torch.bfloat16,
+        POSITIONS_TILE=tile.positions,
+        IN_TILE=tile.inputs,
+        HIDDEN_TILE=tile.hidden,
+        OUT_TILE=tile.outputs,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+    return y
+
+
+def _precision() -> str:
+    """How float32 is multiplied, as the user has set it for PyTorch's products."""
+    matmul: Any = torch.backends.cuda.matmul
+    try:
+        return 'tf32' if matmul.fp32_precision == 'tf32' else 'ieee'
+    except AttributeError:  # before PyTorch 2.9
+        return 'tf32' if matmul.allow_tf32 else 'ieee'
+
+
+def _power_of_2(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+def _keep(ctx: Any, inputs: tuple, output: torch.Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """By the formula, whose values are computed again."""
+    x, weight1, bias1, weight2, bias2 = ctx.saved_tensors
+    with without_autocast(x.device):
+        narrow = x.to(weight1.dtype)
+        hidden = F.conv2d(narrow, weight1[:, :, None, None], bias1).relu()
+        gate = F.conv2d(hidden, weight2[:, :, None, None], bias2).sigmoid()
+        grad_z = (grad * x * gate * (1 - gate)).to(weight1.dtype)
+        grad_hidden = F.conv2d(grad_z, weight2.t()[:, :, None, None]) * (hidden > 0)
+        grad_x = grad * gate + F.conv2d(grad_hidden, weight1.t()[:, :, None, None])
+        return (
+            grad_x.to(x.dtype),
+            torch.einsum('bkhw,bchw->kc', grad_hidden, narrow),
+            grad_hidden.sum((0, 2, 3)),
+            torch.einsum('bchw,bkhw->ck', grad_z, hidden),
+            grad_z.sum((0, 2, 3)),
+        )
+
+
+atac.register_autograd(_backward, setup_context=_keep)

@@ -1,0 +1,35 @@
+"""Operations of PyTorch made of Triton kernels: seen by torch.compile, kept whole by torch.export."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+__all__ = ['launcher', 'operation']
+
+
+def operation(name: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
+    """Register a function as `torch.ops.timm_atac.NAME`.
+
+    Args:
+        name: Of the operation.
+        fake: The same without values: checks its arguments, and returns empty tensors of the right shape and strides.
+
+    Returns:
+        A decorator. PyTorch before 2.6 takes the function as a whole, and the compiler does not look into it.
+    """
+
+    def decorate(function: Callable[..., Any]) -> Any:
+        define = getattr(torch.library, 'triton_op', torch.library.custom_op)
+        defined = define(f'timm_atac::{name}', mutates_args=())(function)
+        defined.register_fake(fake)
+        return defined
+
+    return decorate
+
+
+def launcher(kernel: Any) -> Any:
+    """A kernel to be launched inside of an operation."""
+    wrap = getattr(torch.library, 'wrap_triton', None)
+    is_compiled = type(kernel).__name__ == 'JITFunction'  # otherwise Triton interprets it
+    return wrap(kernel) if wrap is not None and is_compiled else kernel
