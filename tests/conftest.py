@@ -12,6 +12,7 @@ import torch.nn as nn
 from packaging.version import Version
 
 os.environ.pop('TIMM_ATAC_HUB_ORG', None)  # the weights of a tag are the authors'
+os.environ.pop('TIMM_ATAC_KERNELS', None)  # a test says itself what it is of
 if 'PYTEST_XDIST_WORKER_COUNT' in os.environ:  # several processes with as many threads as cores wait for each other
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ['PYTEST_XDIST_WORKER_COUNT'])))
 

@@ -17,14 +17,14 @@ from timm_atac import fuse
 from timm_atac.fused import FusedATAC
 from timm_atac.kernels import atac, norm_gate
 from timm_atac.kernels.atac import Tile
-from timm_atac.kernels.switch import can_run, is_interpreted
+from timm_atac.kernels.switch import IS_INTERPRETED, can_run
 
 if not can_run(DEVICE):
     pytest.skip('no GPU: test_kernels_interpreted.py runs these in a process of their own', allow_module_level=True)
 
 # largest errors over all values together: the result is rounded once and, where the products are of a narrow type, so
 # are the hidden values; the interpreter cuts bfloat16 off instead of rounding it
-ERRORS = {torch.float32: 5e-7, torch.float16: 4e-4, torch.bfloat16: 6e-3 if is_interpreted() else 2.4e-3}
+ERRORS = {torch.float32: 5e-7, torch.float16: 4e-4, torch.bfloat16: 6e-3 if IS_INTERPRETED else 2.4e-3}
 SHAPES = [(16, 8), (3, 1), (24, 12), (70, 35), (20, 20)]  # channels and hidden ones
 PLACES = [(2, 7, 5), (1, 1, 1), (3, 9, 8)]
 

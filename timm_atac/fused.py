@@ -72,8 +72,9 @@ class FusedATAC(ChannelModule):
     def _fits_kernel(self, x: torch.Tensor) -> bool:
         traced = torch.compiler.is_compiling() and not torch.onnx.is_in_onnx_export()
         dtype = autocast_dtype(x) or self.conv1.weight.dtype
+        runs = (traced and x.device.type == 'cuda') or can_run(x.device)  # traced, the operation asks what GPU it is
         return (
-            can_run(x.device)
+            runs
             and dtype in DTYPES
             and x.dtype in (dtype, torch.float32 if autocast_dtype(x) is not None else dtype)
             and layout(x) is not None
@@ -172,6 +173,8 @@ def fuse(model: nn.Module, *, example_input: Any = None, kernel: bool | None = N
     for module in fused.modules():
         if isinstance(module, ATAC) and _is_one_of_ours(module):
             units[module] = FusedATAC(module, kernel)
+        elif isinstance(module, FusedATAC) and kernel is not None:
+            module.kernel = kernel
     fused = _replace(fused, units).eval()
     for module in fused.modules():
         module.register_state_dict_pre_hook(_refuse_to_save)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from ..precision import without_autocast
 from .op import launcher, operation
-from .switch import DTYPES, can_run, is_interpreted, layout
+from .switch import DTYPES, IS_INTERPRETED, can_run, layout
 
 try:
     from .triton_atac import atac_kernel
@@ -141,7 +141,7 @@ def launch(
         HIDDEN=hidden,
         CHANNELS_LAST=layout(x) == torch.channels_last,
         PRECISION=_precision(),
-        UPCAST=is_interpreted() and weight1.dtype == torch.bfloat16,
+        UPCAST=IS_INTERPRETED and weight1.dtype == torch.bfloat16,
         POSITIONS_TILE=tile.positions,
         IN_TILE=tile.inputs,
         HIDDEN_TILE=tile.hidden,

@@ -5,15 +5,17 @@ one model `fuse(model, kernel=True)`. Nothing here imports Triton.
 """
 
 import os
-from functools import cache
 from importlib.util import find_spec
 
 import torch
 
-__all__ = ['MEASURED_TO_WIN', 'can_run', 'check_installed', 'is_interpreted', 'is_wanted', 'layout', 'use_kernels']
+__all__ = ['MEASURED_TO_WIN', 'can_run', 'check_installed', 'is_wanted', 'layout', 'use_kernels']
 
 VARIABLE = 'TIMM_ATAC_KERNELS'
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+# constants, for torch.compile looks into what is called
+IS_INSTALLED = find_spec('triton') is not None
+IS_INTERPRETED = os.environ.get('TRITON_INTERPRET') == '1'
 
 # (operation, compute capability of the GPU) -> numbers of channels at which `benchmarks/kernels.py` found the kernel
 # faster than everything else in at least half precision; without an entry it runs only where it is asked for
@@ -56,7 +58,7 @@ def check_installed() -> None:
     """Raises:
     ImportError: Triton is not installed.
     """
-    if not _is_installed():
+    if not IS_INSTALLED:
         raise ImportError(
             'The kernels need Triton, which is not installed: it comes with PyTorch for CUDA on Linux; elsewhere leave '
             'them off.'
@@ -81,15 +83,11 @@ def is_wanted(operation: str, device: torch.device, channels: int | None, own: b
 def can_run(device: torch.device) -> bool:
     """Whether Triton runs on a device: CUDA of capability 8.0 (older ones have no product in Triton that pays), or the
     CPU where Triton interprets (TRITON_INTERPRET=1, for tests)."""
-    if not _is_installed():
+    if not IS_INSTALLED:
         return False
     if device.type == 'cuda':
         return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
-    return device.type == 'cpu' and is_interpreted()
-
-
-def is_interpreted() -> bool:
-    return os.environ.get('TRITON_INTERPRET') == '1'
+    return device.type == 'cpu' and IS_INTERPRETED
 
 
 def layout(x: torch.Tensor) -> torch.memory_format | None:
@@ -98,8 +96,3 @@ def layout(x: torch.Tensor) -> torch.memory_format | None:
         if x.is_contiguous(memory_format=memory_format):
             return memory_format
     return None
-
-
-@cache
-def _is_installed() -> bool:
-    return find_spec('triton') is not None
