@@ -14,7 +14,9 @@ import torch.nn as nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import ProfilerActivity, profile
 
-__all__ = ['Spread', 'bytes_kept', 'device_name', 'interleaved', 'peak_memory', 'ratio']
+from timm_atac.kernels.switch import can_run
+
+__all__ = ['Spread', 'bytes_kept', 'captured', 'device_name', 'interleaved', 'peak_memory', 'ratio', 'runs_kernels']
 
 
 class Spread(NamedTuple):
@@ -48,6 +50,21 @@ def interleaved(
     return _transposed(
         [{name: _seconds(run, repeats[name], device) for name, run in runs.items()} for _ in range(rounds)]
     )
+
+
+def captured(run: Callable[[], object], device: torch.device) -> Callable[[], object]:
+    """A call as a CUDA graph, so that what is measured is the GPU and not Python; on other devices the call itself."""
+    if device.type != 'cuda':
+        return run
+    stream = torch.cuda.Stream(device)
+    with torch.cuda.stream(stream):
+        for _ in range(3):  # compiles, and allocates what stays
+            run()
+    torch.cuda.synchronize(device)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        run()
+    return graph.replay
 
 
 def ratio(times: Mapping[str, list[float]], name: str, base: str) -> Spread:
@@ -96,6 +113,11 @@ def device_name(device: torch.device) -> str:
     if device.type == 'cuda':
         return torch.cuda.get_device_name(device)
     return f'CPU, {torch.get_num_threads()} threads'
+
+
+def runs_kernels(device: torch.device) -> bool:
+    """Whether there is such a device, and our Triton kernels run on it."""
+    return (device.type != 'cuda' or torch.cuda.is_available()) and can_run(device)
 
 
 def _seconds(run: Callable[[], object], repeats: int, device: torch.device) -> float:

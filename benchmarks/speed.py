@@ -5,6 +5,7 @@
     python benchmarks/speed.py --what units                     # one of them
     python benchmarks/speed.py --mode compile --models resnet50 atac_resnet50
     python benchmarks/speed.py --device cuda --batch-size 256 --mode bf16 --rounds 30 --plot speed.png
+    python benchmarks/speed.py --device cuda --batch-size 256 --mode half --what inference --kernels
 
 All models, or all forms of a unit, take turns in every round; a ratio is the median (range) of those within a round.
 """
@@ -18,8 +19,9 @@ from typing import Any, NamedTuple
 import timm
 import torch
 import torch.nn as nn
-from measure import Spread, bytes_kept, device_name, interleaved, peak_memory, ratio
+from measure import Spread, bytes_kept, device_name, interleaved, peak_memory, ratio, runs_kernels
 
+import timm_atac
 from timm_atac import ATAC, ATACMe, fuse
 
 MODELS: dict[str, Callable[[], Any]] = {
@@ -33,12 +35,14 @@ MODELS: dict[str, Callable[[], Any]] = {
     'atac_resnet50_full, plain': partial(timm.create_model, 'atac_resnet50_full', act_layer=ATAC),
 }
 FUSED = ('resnet50', 'atac_resnet50', 'atac_resnet50_full', 'seresnet50')
-MODES = {  # channels_last, autocast to bfloat16, torch.compile
-    'eager': (False, False, False),
-    'channels_last': (True, False, False),
-    'bf16': (True, True, False),
-    'compile': (True, False, True),
-    'compile_bf16': (True, True, True),
+MODES = {  # channels_last, autocast to bfloat16, weights and images of bfloat16, torch.compile
+    'eager': (False, False, False, False),
+    'channels_last': (True, False, False, False),
+    'bf16': (True, True, False, False),
+    'half': (True, False, True, False),
+    'compile': (True, False, False, True),
+    'compile_bf16': (True, True, False, True),
+    'compile_half': (True, False, True, True),
 }
 NETWORKS = ('atac_resnet50_full', 'atac_resnet8_cifar')
 ODD = ((24, 17, 13), (96, 31, 29), (200, 7, 5))
@@ -49,11 +53,12 @@ class Mode(NamedTuple):
 
     channels_last: bool
     bf16: bool
+    half: bool
     compiled: bool
     device: torch.device
 
     def prepare(self, module: Any) -> Any:
-        module = module.to(self.device)
+        module = module.to(self.device, torch.bfloat16 if self.half else None)
         if self.channels_last:
             module = module.to(memory_format=torch.channels_last)
         if self.compiled:
@@ -61,7 +66,7 @@ class Mode(NamedTuple):
         return module
 
     def tensor(self, *shape: int) -> torch.Tensor:
-        x = torch.randn(shape, device=self.device)
+        x = torch.randn(shape, device=self.device, dtype=torch.bfloat16 if self.half else None)
         return x.contiguous(memory_format=torch.channels_last) if self.channels_last else x
 
     def autocast(self) -> Any:
@@ -76,15 +81,19 @@ class Row(NamedTuple):
     kept: float | None
 
 
-def inference(mode: Mode, names: list[str], batch: int, size: int, rounds: int) -> list[Row]:
+def inference(mode: Mode, names: list[str], batch: int, size: int, rounds: int, kernels: bool = False) -> list[Row]:
     """A forward pass in `eval()` without gradients."""
     x = mode.tensor(batch, 3, size, size)
     runs: dict[str, Callable[[], object]] = {}
     for name in names:
         model = MODELS[name]().eval()
-        for label, module in ((name, model), (f'{name}, fused', fuse(model) if name in FUSED else None)):
-            if module is not None:
-                runs[label] = partial(_infer, mode, mode.prepare(module), x)
+        forms = {name: model}
+        if name in FUSED:
+            forms[f'{name}, fused'] = fuse(model, kernel=False)
+        if name in FUSED and kernels and _has_units(model):
+            forms[f'{name}, fused, kernels'] = fuse(model, kernel=True)
+        for label, module in forms.items():
+            runs[label] = partial(_infer, mode, mode.prepare(module), x)
     times = interleaved(runs, rounds, mode.device)
     return [
         Row(label, Spread.of(times[label]), ratio(times, label, next(iter(runs))), peak_memory(run, mode.device), None)
@@ -92,12 +101,16 @@ def inference(mode: Mode, names: list[str], batch: int, size: int, rounds: int) 
     ]
 
 
+def _has_units(model: nn.Module) -> bool:
+    return any(isinstance(module, ATAC) for module in model.modules())
+
+
 def _infer(mode: Mode, model: nn.Module, x: torch.Tensor) -> torch.Tensor:
     with torch.no_grad(), mode.autocast():
         return model(x)
 
 
-def training(mode: Mode, names: list[str], batch: int, size: int, rounds: int) -> list[Row]:
+def training(mode: Mode, names: list[str], batch: int, size: int, rounds: int, kernels: bool = False) -> list[Row]:
     """Forward and backward pass and a step of SGD with momentum."""
     x = mode.tensor(batch, 3, size, size)
     target = torch.arange(batch, device=mode.device) % 1000
@@ -106,8 +119,11 @@ def training(mode: Mode, names: list[str], batch: int, size: int, rounds: int) -
         model = MODELS[name]().train()
         optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
         prepared = mode.prepare(model)
-        runs[name] = partial(_step, mode, prepared, optimizer, x, target)
-        kept[name] = bytes_kept(partial(_forward, mode, prepared, x, target), model)
+        for by_kernel in (False, True) if kernels and _has_units(model) else (False,):
+            label = f'{name}, kernels' if by_kernel else name
+            timm_atac.use_kernels(by_kernel)
+            kept[label] = bytes_kept(partial(_forward, mode, prepared, x, target), model)
+            runs[label] = partial(_step, mode, prepared, optimizer, x, target, by_kernel)
     times = interleaved(runs, rounds, mode.device)
     return [
         Row(name, Spread.of(times[name]), ratio(times, name, names[0]), peak_memory(run, mode.device), kept[name])
@@ -120,7 +136,8 @@ def _forward(mode: Mode, model: nn.Module, x: torch.Tensor, target: torch.Tensor
         return nn.functional.cross_entropy(model(x), target)
 
 
-def _step(mode: Mode, model: nn.Module, optimizer: Any, x: torch.Tensor, target: torch.Tensor) -> None:
+def _step(mode: Mode, model: nn.Module, optimizer: Any, x: torch.Tensor, target: torch.Tensor, by_kernel: bool) -> None:
+    timm_atac.use_kernels(by_kernel)
     _forward(mode, model, x, target).backward()
     optimizer.step()
     optimizer.zero_grad()
@@ -250,10 +267,15 @@ def main() -> None:
     parser.add_argument('--batch-size', type=int, default=8)
     parser.add_argument('--img-size', type=int, default=224)
     parser.add_argument('--rounds', type=int, default=11)
+    parser.add_argument(
+        '--kernels', action='store_true', help='also with the Triton kernels, which kernels.py has unit by unit'
+    )
     parser.add_argument('--plot', metavar='FILE', help='a picture of the ratios')
     args = parser.parse_args()
 
     mode = Mode(*MODES[args.mode], device=torch.device(args.device))
+    if args.kernels and not runs_kernels(mode.device):
+        parser.error(f'--kernels: none runs on {args.device}; see benchmarks/kernels.py')
     if (
         mode.compiled
     ):  # all models run the code of one class, and what is compiled eight times is run eagerly from then on
@@ -264,7 +286,7 @@ def main() -> None:
     tables = {}
     for what, measure in (('inference', inference), ('training', training)):
         if what in args.what:
-            tables[what] = measure(mode, args.models, args.batch_size, args.img_size, args.rounds)
+            tables[what] = measure(mode, args.models, args.batch_size, args.img_size, args.rounds, args.kernels)
             print_models(what.capitalize(), tables[what], args.batch_size)
     results = units(mode, args.batch_size, args.rounds) if 'units' in args.what else {}
     if results:

@@ -3,7 +3,10 @@
 from typing import Any
 from unittest import mock
 
+import kernel_tiles
+import kernels
 import pytest
+import speed
 import timm
 import torch
 import torch.distributed as dist
@@ -154,6 +157,16 @@ def test_norm_gate(channels, layout, dtypes) -> None:
     for (name, value), reference, dtype in zip(found.items(), wanted, types, strict=True):
         assert reference is not None and value.dtype == dtype
         assert error(value, reference) < (2e-6 if dtype == torch.float32 else 5e-3), name
+
+
+def test_norm_gate_of_nothing() -> None:
+    """As a process without images has it."""
+    grad, x, z = maps(3, 5, (0, 9, 8), 'channels_last', torch.float32)
+    rows = [torch.ones(5, device=DEVICE)] * 4
+    assert norm_gate.norm_gate(x, z, *rows).shape == x.shape
+    assert torch.equal(norm_gate.norm_gate_sums(grad, x, z, *rows).cpu(), torch.zeros(2, 5))
+    grads = norm_gate.norm_gate_backward(grad, x, z, *rows, torch.zeros(2, 5, device=DEVICE))
+    assert [g.shape for g in grads] == [x.shape] * 2
 
 
 def test_sums_of_many_programs() -> None:
@@ -319,29 +332,28 @@ def test_gradient_that_lies_otherwise() -> None:
     torch.testing.assert_close(grads[1], grads[0], rtol=1e-3, atol=1e-4)
 
 
-def _synchronized(rank: int, folder: str, sizes: tuple[int, int], enabled: tuple[bool, bool]) -> None:
+def _synchronized(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
-    timm_atac.use_kernels(enabled[rank])
+    timm_atac.use_kernels(rank == 0)
     dist.init_process_group('gloo', init_method=f'file://{folder}/store', rank=rank, world_size=2)
     try:
         unit, x, grad = torch.load(f'{folder}/given.pt', weights_only=False)
         unit = nn.SyncBatchNorm.convert_sync_batchnorm(unit)
         with spied(norm_gate, *OPERATIONS):
-            found = everything(unit, x.split(sizes)[rank], grad.split(sizes)[rank], lean=True)
-            assert norm_gate.norm_gate.call_count == norm_gate.norm_gate_backward.call_count == enabled[rank]
+            found = everything(unit, x.split((3, 1))[rank], grad.split((3, 1))[rank], lean=True)
+            assert norm_gate.norm_gate.call_count == norm_gate.norm_gate_backward.call_count == (rank == 0)
         torch.save(found, f'{folder}/{rank}.pt')
     finally:
         dist.destroy_process_group()
 
 
 @pytest.mark.skipif(DEVICE.type != 'cpu', reason='gloo gathers on a CPU')
-@pytest.mark.parametrize('sizes, enabled', [((3, 1), (True, False)), ((4, 0), (True, True))])
-def test_synchronized(tmp_path, sizes, enabled) -> None:
-    """Two processes with parts of a batch, one perhaps without the kernels, or images, against one with all of it."""
+def test_synchronized(tmp_path) -> None:
+    """Two processes with parts of a batch, one of them without the kernels, against one with all of it."""
     plain, lean = pair()
     x, grad = torch.randn(2, 4, 14, 7, 5)
     torch.save((lean, x, grad), tmp_path / 'given.pt')
-    torch.multiprocessing.spawn(_synchronized, args=(str(tmp_path), sizes, enabled), nprocs=2)
+    torch.multiprocessing.spawn(_synchronized, args=(str(tmp_path),), nprocs=2)
     parts = [torch.load(tmp_path / f'{rank}.pt', weights_only=True) for rank in (0, 1)]
     for name, expected in everything(plain, x, grad, lean=False).items():
         first, second = (part[name] for part in parts)
@@ -350,3 +362,42 @@ def test_synchronized(tmp_path, sizes, enabled) -> None:
         else:
             found = first if name.startswith('buffer') else first + second
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4, msg=naming(name))
+
+
+def rows(capsys) -> list[list[str]]:
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith('| ') and '---' not in line]
+    return [[cell.strip() for cell in line.strip('|').split('|')] for line in lines]
+
+
+def test_benchmark_of_units(monkeypatch, capsys, tmp_path) -> None:
+    pytest.importorskip('matplotlib')
+    where = f'--device {DEVICE.type} --batch-size 2 --rounds 1 --shapes 16x3x2'.split()
+    picture = tmp_path / 'kernels.png'
+    options = ['--forms', 'eager', 'folded', 'kernel', '--trained', 'ATACMe', 'ATACMe, kernels', '--plot', str(picture)]
+    monkeypatch.setattr('sys.argv', ['kernels.py', *where, *options])
+    kernels.main()
+    table = rows(capsys)
+    assert [row[0] for row in table] == ['C x H x W', '16 x 3 x 2'] * 2 + ['C', '16', '16', '16']
+    for row, (name, dtype) in zip(table[-3:], kernels.DTYPES.items(), strict=True):
+        assert row[1] == name
+        assert all(0 < float(cell) < 2 * ERRORS[dtype] for cell in row[2:])
+    assert picture.stat().st_size > 10_000
+
+
+def test_benchmark_of_tiles(monkeypatch, capsys) -> None:
+    where = f'--device {DEVICE.type} --batch-size 2 --rounds 1 --shapes 32x3x2 --best 1'.split()
+    monkeypatch.setattr(kernel_tiles, 'SIZES', {name: sizes[:2] for name, sizes in kernel_tiles.SIZES.items()})
+    monkeypatch.setattr('sys.argv', ['kernel_tiles.py', *where])
+    kernel_tiles.main()
+    in_use = ', '.join(map(str, atac.tile_for(32, 16, torch.bfloat16, True)))
+    assert {row[0] for row in rows(capsys)} & {f'{in_use} (in use)'}
+
+
+def test_benchmark_of_networks() -> None:
+    names = {'tiny': lambda: timm.create_model('atac_resnet8_cifar')}
+    mode = speed.Mode(*speed.MODES['half'], device=DEVICE)
+    with mock.patch.multiple(speed, MODELS=names, FUSED=names):
+        infer = speed.inference(mode, ['tiny'], 1, 8, 1, kernels=True)
+        train = speed.training(speed.Mode(*speed.MODES['bf16'], device=DEVICE), ['tiny'], 2, 8, 1, kernels=True)
+    assert [row.name for row in infer] == ['tiny', 'tiny, fused', 'tiny, fused, kernels']
+    assert [row.name for row in train] == ['tiny', 'tiny, kernels']

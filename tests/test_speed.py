@@ -1,5 +1,6 @@
 """benchmarks/speed.py and benchmarks/measure.py"""
 
+import importlib
 import re
 
 import pytest
@@ -63,3 +64,14 @@ def test_tables_and_picture(monkeypatch, capsys, tmp_path) -> None:
     ]
     assert lines[-1] == f'| 0 x 0 x 0 |{" 0, 0, 0 |" * 6}'
     assert (tmp_path / 'speed.png').stat().st_size > 10_000
+
+
+@pytest.mark.parametrize('module', ['kernels', 'kernel_tiles', 'speed'])
+def test_benchmarks_of_kernels_without_one(monkeypatch, capsys, module) -> None:
+    if module == 'kernel_tiles':
+        pytest.importorskip('triton')
+    main = importlib.import_module(module).main
+    monkeypatch.setattr('sys.argv', [f'{module}.py', '--device', 'cpu', *(['--kernels'] if module == 'speed' else [])])
+    with pytest.raises(SystemExit):
+        main()
+    assert 'runs on cpu' in capsys.readouterr().err

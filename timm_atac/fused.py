@@ -147,7 +147,7 @@ def fuse(model: nn.Module, *, example_input: Any = None, kernel: bool | None = N
 
     Raises:
         ValueError: The model does not take `example_input`.
-        ImportError: `kernel=True`, and Triton is not installed.
+        ImportError: `kernel=True`, and Triton is not installed, or PyTorch is older than 2.6.
     """
     if kernel:
         check_installed()

@@ -5,6 +5,8 @@ from typing import Any
 
 import torch
 
+from .switch import IS_INTERPRETED
+
 __all__ = ['launcher', 'operation']
 
 
@@ -16,11 +18,11 @@ def operation(name: str, fake: Callable[..., Any]) -> Callable[[Callable[..., An
         fake: The same without values: checks its arguments, and returns empty tensors of the right shape and strides.
 
     Returns:
-        A decorator. PyTorch before 2.6 takes the function as a whole, and the compiler does not look into it.
+        A decorator.
     """
 
     def decorate(function: Callable[..., Any]) -> Any:
-        define = getattr(torch.library, 'triton_op', torch.library.custom_op)
+        define = getattr(torch.library, 'triton_op', torch.library.custom_op)  # before 2.6 no kernel runs in it
         defined = define(f'timm_atac::{name}', mutates_args=())(function)
         defined.register_fake(fake)
         return defined
@@ -30,6 +32,4 @@ def operation(name: str, fake: Callable[..., Any]) -> Callable[[Callable[..., An
 
 def launcher(kernel: Any) -> Any:
     """A kernel to be launched inside of an operation."""
-    wrap = getattr(torch.library, 'wrap_triton', None)
-    is_compiled = type(kernel).__name__ == 'JITFunction'  # otherwise Triton interprets it
-    return wrap(kernel) if wrap is not None and is_compiled else kernel
+    return kernel if IS_INTERPRETED else torch.library.wrap_triton(kernel)

@@ -13,8 +13,9 @@ __all__ = ['MEASURED_TO_WIN', 'can_run', 'check_installed', 'is_wanted', 'layout
 
 VARIABLE = 'TIMM_ATAC_KERNELS'
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-# constants, for torch.compile looks into what is called
-IS_INSTALLED = find_spec('triton') is not None
+# constants, for torch.compile looks into what is called; PyTorch 2.5 has no way to show it a kernel, and the Triton of
+# that time does not compile all of ours
+IS_INSTALLED = find_spec('triton') is not None and hasattr(torch.library, 'wrap_triton')
 IS_INTERPRETED = os.environ.get('TRITON_INTERPRET') == '1'
 
 # (operation, compute capability of the GPU) -> numbers of channels at which `benchmarks/kernels.py` found the kernel
@@ -46,7 +47,7 @@ def use_kernels(enable: bool | None) -> None:
             float32. False, nowhere. None, where they were measured to win, which is nowhere so far.
 
     Raises:
-        ImportError: True, and Triton is not installed.
+        ImportError: True, and Triton is not installed, or PyTorch is older than 2.6.
     """
     global _asked
     if enable:
@@ -56,12 +57,13 @@ def use_kernels(enable: bool | None) -> None:
 
 def check_installed() -> None:
     """Raises:
-    ImportError: Triton is not installed.
+    ImportError: Triton is not installed, or PyTorch is older than 2.6.
     """
     if not IS_INSTALLED:
+        found = 'without' if find_spec('triton') is None else 'with'
         raise ImportError(
-            'The kernels need Triton, which is not installed: it comes with PyTorch for CUDA on Linux; elsewhere leave '
-            'them off.'
+            f'The kernels need PyTorch 2.6 or newer with Triton, and this is {torch.__version__} {found} Triton. It '
+            f'comes with PyTorch for CUDA on Linux; elsewhere leave the kernels off.'
         )
 
 

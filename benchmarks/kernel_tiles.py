@@ -1,0 +1,82 @@
+#!/usr/bin/env python
+"""The fastest tiles of the unit's Triton kernel, for the table in timm_atac/kernels/atac.py. Needs a GPU.
+
+    python benchmarks/kernel_tiles.py --shapes 64x56x56 128x28x28 256x14x14 512x7x7
+    python benchmarks/kernel_tiles.py --shapes 512x7x7 --dtype float16 --layout contiguous --best 20
+
+Every tile that the GPU takes is compiled and timed, in turns with all others and a copy: some minutes for a shape.
+"""
+
+import argparse
+import itertools
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+from kernels import Setting, Shape, setting_of
+from measure import Spread, ratio
+from triton.runtime.errors import OutOfResources
+
+from timm_atac.kernels import atac
+from timm_atac.kernels.atac import Tile
+
+SIZES = {
+    'positions': (16, 32, 64, 128, 256),
+    'inputs': (32, 64, 128),
+    'hidden': (16, 32, 64, 128, 256, 512),
+    'outputs': (32, 64, 128),
+    'warps': (4, 8),
+    'stages': (1, 2, 3),
+}
+
+
+def tiles(channels: int, hidden: int) -> Iterator[Tile]:
+    """Those of which no side is longer than it needs to be; all hidden channels at once, or 256 of them."""
+    whole = max(16, 1 << (hidden - 1).bit_length())
+    for tile in itertools.starmap(Tile, itertools.product(*SIZES.values())):
+        if tile.hidden in {whole, min(whole, 256)} and max(tile.inputs, tile.outputs) <= max(channels, 32):
+            yield tile
+
+
+def tune(setting: Setting, shape: Shape) -> dict[str, list[float]]:
+    """Seconds by tile, or 'copy', and round."""
+    channels, hidden = shape[0], max(shape[0] // 2, 1)
+    sizes = ((hidden, channels), (hidden,), (channels, hidden), (channels,))
+    parameters = [torch.randn(size, device=setting.device, dtype=setting.dtype) for size in sizes]
+    used = atac.tile_for(channels, hidden, setting.dtype, setting.layout == torch.channels_last)
+    x = setting.map(shape)
+    runs: dict[str, Callable[[torch.Tensor], object]] = {'copy': torch.empty_like(x).copy_}
+    for tile in dict.fromkeys((used, *tiles(channels, hidden))):
+        run = partial(_launch, parameters, tile)
+        try:
+            run(x)
+        except OutOfResources:
+            continue
+        runs[f'{", ".join(map(str, tile))}{" (in use)" if tile == used else ""}'] = run
+    return setting.measure(runs, x)
+
+
+def _launch(parameters: list[torch.Tensor], tile: Tile, x: torch.Tensor) -> torch.Tensor:
+    weight1, bias1, weight2, bias2 = parameters
+    return atac.launch(x, weight1, bias1, weight2, bias2, tile=tile)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--best', type=int, default=8, help='how many are printed, and the one in use')
+    setting, args = setting_of(parser)
+    print(setting)
+    for shape in setting.shapes:
+        times = tune(setting, shape)
+        ranked = sorted(times.keys() - {'copy'}, key=lambda name: Spread.of(times[name]).median)
+        print(f'\n{" x ".join(map(str, shape))}: {len(ranked)} tiles\n')
+        print(f'| {", ".join(Tile._fields)} | us | share of the copy |')
+        print('| --- | --- | --- |')
+        for rank, name in enumerate(ranked):
+            if rank < args.best or name.endswith('(in use)'):
+                median = Spread.of(times[name]).median
+                print(f'| {name} | {median * 1e6:.1f} | {1 / ratio(times, name, "copy").median:.0%} |', flush=True)
+
+
+if __name__ == '__main__':
+    main()

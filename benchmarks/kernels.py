@@ -1,0 +1,246 @@
+#!/usr/bin/env python
+"""The Triton kernels beside everything else that computes a unit: times, bytes a second, errors. Needs a GPU.
+
+    python benchmarks/kernels.py                  # inference, training and errors, at the shapes of our networks
+    python benchmarks/kernels.py --what inference --shapes 64x56x56 256x14x14 --dtype float16 --plot kernels.png
+    python benchmarks/speed.py --device cuda --batch-size 256 --mode half --what inference --kernels  # networks
+
+Calls run as CUDA graphs, and walk through copies of the input that are larger together than the GPU's cache. The forms
+of a shape take turns in every round. A share is of what a copy of the same map moves a second in the same rounds.
+kernel_tiles.py looks for the fastest tiles; kernel_resources.py tells without a GPU what the kernels take of one.
+"""
+
+import argparse
+import copy
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from measure import Spread, captured, device_name, interleaved, ratio, runs_kernels
+from speed import shapes
+
+import timm_atac
+from timm_atac import ATAC, ATACMe, fuse
+
+FORMS = ('eager', 'folded', 'compiled', 'max-autotune', 'kernel')
+TRAINED = ('ATAC', 'compiled', 'ATACMe', 'ATACMe, kernels')
+CACHE = 256e6  # bytes: more than any GPU's
+DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
+Shape = tuple[int, int, int]
+Results = dict[str, dict[str, list[float]]]  # seconds by shape, form and round
+
+
+class Setting(NamedTuple):
+    """What is measured, and where."""
+
+    device: torch.device
+    dtype: torch.dtype
+    layout: torch.memory_format
+    batch: int
+    rounds: int
+    shapes: list[Shape]
+
+    def __str__(self) -> str:
+        layout = 'channels_last' if self.layout == torch.channels_last else 'contiguous'
+        dtype = str(self.dtype).removeprefix('torch.')
+        return f'{device_name(self.device)}, {dtype}, {layout}, batch {self.batch}, torch {torch.__version__}'
+
+    def map(self, shape: Shape, dtype: torch.dtype | None = None) -> torch.Tensor:
+        x = torch.randn(self.batch, *shape, device=self.device, dtype=dtype or self.dtype)
+        return x.contiguous(memory_format=self.layout)
+
+    def measure(self, runs: dict[str, Callable[[torch.Tensor], object]], x: torch.Tensor) -> dict[str, list[float]]:
+        """Seconds a call, by round."""
+        size = x.numel() * x.element_size()
+        copies = 1 if self.device.type == 'cpu' else min(64, max(1, round(CACHE / size)))
+        inputs = [x.clone(memory_format=torch.preserve_format) for _ in range(copies)]
+
+        def walk(run: Callable[[torch.Tensor], object]) -> None:
+            for t in inputs:
+                run(t)
+
+        walks = {name: captured(partial(walk, run), self.device) for name, run in runs.items()}
+        times = interleaved(walks, self.rounds, self.device, at_least=0.02)
+        return {name: [seconds / copies for seconds in values] for name, values in times.items()}
+
+
+def unit_for(channels: int) -> Any:
+    """With norms that have something to do."""
+    unit: Any = ATAC(channels)
+    for norm in (unit.bn1, unit.bn2):
+        torch.nn.init.uniform_(norm.weight, 0.5, 1.5)
+        torch.nn.init.normal_(norm.bias)
+    return unit
+
+
+def forms(unit: ATAC, names: Sequence[str], setting: Setting) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
+    """A unit of inference in some forms; the unit itself is left alone."""
+    small = torch.zeros(2, unit.channels or 0, 2, 2)
+    runs: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {}
+    for name in names:
+        module: Any = copy.deepcopy(unit).eval()
+        if name != 'eager':
+            module = fuse(module, example_input=small, kernel=name == 'kernel')
+        module = module.to(setting.device, setting.dtype, memory_format=setting.layout)
+        if name == 'compiled':
+            module = torch.compile(module)
+        elif name == 'max-autotune':
+            module = torch.compile(module, mode='max-autotune-no-cudagraphs')
+        runs[name] = partial(_infer, module)
+    return runs
+
+
+def _infer(module: Any, x: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return module(x)
+
+
+def inference(setting: Setting, shape: Shape, names: Sequence[str]) -> dict[str, list[float]]:
+    torch.compiler.reset()
+    x = setting.map(shape)
+    runs: dict[str, Callable[[torch.Tensor], object]] = {'copy': torch.empty_like(x).copy_}
+    return setting.measure(runs | forms(unit_for(shape[0]), names, setting), x)
+
+
+def training(setting: Setting, shape: Shape, names: Sequence[str]) -> dict[str, list[float]]:
+    """Both ways, under autocast where the type is a narrow one."""
+    torch.compiler.reset()
+    x, grad = setting.map(shape), setting.map(shape)
+    plain = unit_for(shape[0]).train()
+    lean: Any = ATACMe(shape[0]).train()
+    lean.load_state_dict(plain.state_dict())
+    for unit in (plain, lean):
+        unit.to(setting.device, memory_format=setting.layout)
+    modules = {'ATAC': plain, 'compiled': torch.compile(plain), 'ATACMe': lean, 'ATACMe, kernels': lean}
+    runs: dict[str, Callable[[], object]] = {'copy': partial(torch.empty_like(x).copy_, x)}
+    wanted = x.detach().requires_grad_()
+    runs |= {name: partial(_both_ways, setting, name, modules[name], wanted, grad) for name in names}
+    return interleaved(runs, setting.rounds, setting.device, at_least=0.02)
+
+
+def _both_ways(setting: Setting, name: str, module: Any, x: torch.Tensor, grad: torch.Tensor) -> None:
+    timm_atac.use_kernels(name.endswith('kernels'))
+    with torch.autocast(setting.device.type, setting.dtype, enabled=setting.dtype != torch.float32):
+        y = module(x)
+    y.backward(grad)
+    x.grad = None
+    module.zero_grad()
+
+
+def errors(setting: Setting, channels: int, names: Sequence[str]) -> dict[str, float]:
+    """Of a unit's result against float64, over its norm: that of rounded weights counts, of the rounded input not."""
+    torch.compiler.reset()
+    x = setting.map((channels, 14, 14))
+    unit = unit_for(channels).eval()
+    exact = copy.deepcopy(unit).double()(x.double().cpu())
+    found = {name: run(x).double().cpu() for name, run in forms(unit, names, setting).items()}
+    return {name: ((y - exact).norm() / exact.norm()).item() for name, y in found.items()}
+
+
+def print_inference(setting: Setting, names: Sequence[str]) -> Results:
+    print('\nInference: us, GB/s of x read and y written once, share of the copy\n')
+    print(f'| C x H x W | copy: us, GB/s | {" | ".join(f"{name}: us, GB/s, share" for name in names)} |')
+    print(f'|{" --- |" * (2 + len(names))}')
+    results = {}
+    for shape in setting.shapes:
+        results[_name(shape)] = times = inference(setting, shape, names)
+        moved = 2 * setting.batch * torch.Size(shape).numel() * setting.dtype.itemsize
+        cells = []
+        for name in ('copy', *names):
+            median = Spread.of(times[name]).median
+            share = f', {1 / ratio(times, name, "copy").median:.0%}'
+            cells.append(f'{median * 1e6:.1f}, {moved / median / 1e9:.0f}{share if name in names else ""}')
+        print(f'| {_name(shape)} | {" | ".join(cells)} |', flush=True)
+    return results
+
+
+def print_training(setting: Setting, names: Sequence[str]) -> Results:
+    print('\nTraining, both ways: us, times a copy\n')
+    print(f'| C x H x W | {" | ".join(names)} |')
+    print(f'|{" --- |" * (1 + len(names))}')
+    results = {}
+    for shape in setting.shapes:
+        results[_name(shape)] = times = training(setting, shape, names)
+        medians = {name: Spread.of(times[name]).median * 1e6 for name in names}
+        cells = [f'{medians[name]:.1f}, {ratio(times, name, "copy").median:.1f}' for name in names]
+        print(f'| {_name(shape)} | {" | ".join(cells)} |', flush=True)
+    return results
+
+
+def print_errors(setting: Setting, names: Sequence[str]) -> None:
+    print('\nErrors over the norm of the result in float64\n')
+    print(f'| C | type | {" | ".join(names)} |')
+    print(f'|{" --- |" * (2 + len(names))}')
+    for channels in sorted({shape[0] for shape in setting.shapes}):
+        for name, dtype in DTYPES.items():
+            found = errors(setting._replace(dtype=dtype), channels, names)
+            print(f'| {channels} | {name} | {" | ".join(f"{found[form]:.1e}" for form in names)} |', flush=True)
+
+
+def _name(shape: Shape) -> str:
+    return ' x '.join(map(str, shape))
+
+
+def plot(results: Results, path: str, subtitle: str) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 4), layout='constrained')
+    FigureCanvasAgg(figure)
+    axis = figure.subplots()
+    for name in next(iter(results.values())):
+        axis.plot(list(results), [ratio(times, name, 'copy').median for times in results.values()], '.-', label=name)
+    axis.set(yscale='log', ylabel='time over a copy')
+    axis.tick_params(axis='x', rotation=45)
+    axis.legend(ncols=2, fontsize='small')
+    figure.suptitle(subtitle, fontsize='small')
+    figure.savefig(path, dpi=110)
+
+
+def setting_of(parser: argparse.ArgumentParser) -> tuple[Setting, argparse.Namespace]:
+    """Of a command line, to which a parser may have added arguments of its own; refuses where no kernel runs."""
+    parser.add_argument('--shapes', nargs='+', type=_shape, metavar='CxHxW', help='those of our networks by default')
+    parser.add_argument('--dtype', choices=DTYPES, default='bfloat16')
+    parser.add_argument('--layout', choices=('channels_last', 'contiguous'), default='channels_last')
+    parser.add_argument('--device', default='cuda', type=torch.device)
+    parser.add_argument('--batch-size', type=int, default=256)
+    parser.add_argument('--rounds', type=int, default=15)
+    args = parser.parse_args()
+    if not runs_kernels(args.device):
+        parser.error(
+            f'no kernel runs on {args.device} here: it takes a GPU of compute capability 8.0 or newer, and PyTorch '
+            f'2.6 or newer with Triton. To try this script without a GPU, set TRITON_INTERPRET=1, and give --device '
+            f'cpu and small shapes and batches: what it times then is the interpreter.'
+        )
+    layout = torch.channels_last if args.layout == 'channels_last' else torch.contiguous_format
+    setting = Setting(args.device, DTYPES[args.dtype], layout, args.batch_size, args.rounds, args.shapes or shapes())
+    return setting, args
+
+
+def _shape(text: str) -> Shape:
+    channels, height, width = map(int, text.split('x'))
+    return channels, height, width
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    what = ('inference', 'training', 'errors')
+    parser.add_argument('--what', nargs='+', choices=what, default=what)
+    parser.add_argument('--forms', nargs='+', choices=FORMS, default=FORMS, help='of inference, and for the errors')
+    parser.add_argument('--trained', nargs='+', choices=TRAINED, default=TRAINED, help='forms of training')
+    parser.add_argument('--plot', metavar='FILE', help='a picture of the times of inference')
+    setting, args = setting_of(parser)
+    print(setting)
+    if 'inference' in args.what:
+        results = print_inference(setting, args.forms)
+        if args.plot:
+            plot(results, args.plot, str(setting))
+    if 'training' in args.what:
+        print_training(setting, args.trained)
+    if 'errors' in args.what:
+        print_errors(setting, args.forms)
+
+
+if __name__ == '__main__':
+    main()
