@@ -2,9 +2,10 @@
 """What the Triton kernels take of a GPU, compiled here for one that need not be there: registers, spills, memory.
 
     python benchmarks/kernel_resources.py                          # compute capabilities 8.0 and 9.0
-    python benchmarks/kernel_resources.py --capability 8.6 12.0 --dtype bfloat16
+    python benchmarks/kernel_resources.py --capability 8.6 12.0 --dtype bfloat16 autocast
 
-A spill is bytes of local memory that a thread has for registers that were not enough.
+A spill is bytes of local memory that a thread has for registers that were not enough. Under autocast, weights are of
+bfloat16, and the input may be of float32.
 """
 
 import argparse
@@ -24,7 +25,13 @@ from triton.compiler import ASTSource
 from timm_atac.kernels import atac, norm_gate
 
 CHANNELS = (16, 32, 64, 128, 256, 512, 1024, 2048)
-DTYPES = {'float16': 'fp16', 'bfloat16': 'bf16', 'float32': 'fp32', 'float64': 'fp64'}
+TYPES = {torch.float16: 'fp16', torch.bfloat16: 'bf16', torch.float32: 'fp32'}
+DTYPES = {  # of the weights, and of the input
+    'bfloat16': (torch.bfloat16, torch.bfloat16),
+    'float16': (torch.float16, torch.float16),
+    'float32': (torch.float32, torch.float32),
+    'autocast': (torch.bfloat16, torch.float32),
+}
 SHARED = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 120: 99}  # KB a program may have, CUDA's guide
 _CUOBJDUMP = Path(triton.__file__).parent / 'backends/nvidia/bin/cuobjdump'
 
@@ -66,7 +73,7 @@ class Launch(NamedTuple):
         tensors = {name: arg for name, arg in self.arguments.items() if isinstance(arg, torch.Tensor)}
         constants = {name: arg for name, arg in self.arguments.items() if name.isupper()}
         signature = {name: 'constexpr' if name in constants else 'i32' for name in self.kernel.arg_names}
-        signature |= {name: '*' + DTYPES[str(t.dtype).removeprefix('torch.')] for name, t in tensors.items()}
+        signature |= {name: '*' + TYPES[t.dtype] for name, t in tensors.items()}
         aligned = {(self.kernel.arg_names.index(name),): [['tt.divisibility', 16]] for name in tensors}
         source = ASTSource(self.kernel, signature, constants, aligned)
         compiled = triton.compile(source, target=GPUTarget('cuda', capability, 32), options=self.options)
@@ -81,31 +88,31 @@ class Launch(NamedTuple):
         return Resources(registers, stack + local, compiled.metadata.shared, compiled.metadata.num_warps)
 
 
-def launches(channels: int, dtype: torch.dtype, channels_last: bool, hidden: int | None = None) -> dict[str, Launch]:
-    """What each operation launches for a map of some channels, by the kernel's name."""
+def launches(channels: int, name: str, channels_last: bool, hidden: int | None = None) -> dict[str, Launch]:
+    """What each operation launches for a map of some channels and types of `DTYPES`, by the kernel's name."""
+    dtype, input_dtype = DTYPES[name]
     kept: list[Launch] = []
     recorded: dict[str, Any] = {'launcher': lambda kernel: _Launcher(kernel, kept), 'can_run': lambda device: True}
     hidden = max(channels // 2, 1) if hidden is None else hidden
-    x = torch.zeros(2, channels, 3, 3, dtype=dtype)
+    x = torch.zeros(2, channels, 3, 3, dtype=input_dtype)
     x = x.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    z = x.to(dtype)
     parameters = [
         torch.zeros(shape, dtype=dtype) for shape in ((hidden, channels), hidden, (channels, hidden), channels)
     ]
     of_channels = [torch.zeros(channels)] * 4
     with mock.patch.multiple(atac, **recorded), mock.patch.multiple(norm_gate, **recorded):
         atac.atac(x, *parameters)
-        norm_gate.norm_gate(x, x, *of_channels)
-        norm_gate.norm_gate_sums(x, x, x, *of_channels)
-        norm_gate.norm_gate_backward(x, x, x, *of_channels, torch.zeros(2, channels))
+        norm_gate.norm_gate(x, z, *of_channels)
+        norm_gate.norm_gate_sums(x, x, z, *of_channels)
+        norm_gate.norm_gate_backward(x, x, z, *of_channels, torch.zeros(2, channels))
     return {launch.kernel.__name__: launch for launch in kept}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--capability', nargs='+', default=['8.0', '9.0'])
-    parser.add_argument(
-        '--dtype', nargs='+', choices=('float16', 'bfloat16', 'float32'), default=['bfloat16', 'float32']
-    )
+    parser.add_argument('--dtype', nargs='+', choices=DTYPES, default=['bfloat16', 'float32', 'autocast'])
     parser.add_argument('--channels', nargs='+', type=int, default=CHANNELS)
     args = parser.parse_args()
     capabilities = [int(text.replace('.', '')) for text in args.capability]
@@ -115,7 +122,7 @@ def main() -> None:
     for dtype in args.dtype:
         for channels_last in (True, False):
             for channels in args.channels:
-                for name, launch in launches(channels, getattr(torch, dtype), channels_last).items():
+                for name, launch in launches(channels, dtype, channels_last).items():
                     found = [launch.compile(capability) for capability in capabilities]
                     cells = [f'{r.registers}, {r.spilled}, {r.shared / 1024:.1f}, {r.warps_at_once}' for r in found]
                     tile = ' x '.join(str(n) for key, n in launch.arguments.items() if key.endswith('_TILE'))

@@ -43,8 +43,8 @@ def tune(setting: Setting, shape: Shape) -> dict[str, list[float]]:
     channels, hidden = shape[0], max(shape[0] // 2, 1)
     sizes = ((hidden, channels), (hidden,), (channels, hidden), (channels,))
     parameters = [torch.randn(size, device=setting.device, dtype=setting.dtype) for size in sizes]
-    used = atac.tile_for(channels, hidden, setting.dtype, setting.layout == torch.channels_last)
     x = setting.map(shape)
+    used = atac.tile_for(x, parameters[0])
     runs: dict[str, Callable[[torch.Tensor], object]] = {'copy': torch.empty_like(x).copy_}
     for tile in dict.fromkeys((used, *tiles(channels, hidden))):
         run = partial(_launch, parameters, tile)

@@ -285,12 +285,14 @@ def test_traced_for_a_gpu(monkeypatch) -> None:
 
 
 @needs_triton
-@pytest.mark.parametrize('dtype, channels_last', [('bfloat16', True), ('float16', False), ('float32', True)])
+@pytest.mark.parametrize(
+    'dtype, channels_last', [('bfloat16', True), ('float16', False), ('float32', True), ('autocast', True)]
+)
 def test_compiles_for_gpus(dtype, channels_last) -> None:
     """All kernels, for GPUs that are not here: no registers spilled, no more shared memory than there is."""
     from kernel_resources import SHARED, launches
 
-    found = [launches(channels, getattr(torch, dtype), channels_last) for channels in (20, 64, 512)]
+    found = [launches(channels, dtype, channels_last) for channels in (20, 64, 512)]
     assert all(launch.keys() == {'atac_kernel', 'forward_kernel', 'sums_kernel', 'backward_kernel'} for launch in found)
     resources = {}
     for by_name in (found[0], found[2]) if dtype == 'bfloat16' else found[1:2]:

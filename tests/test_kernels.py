@@ -389,7 +389,8 @@ def test_benchmark_of_tiles(monkeypatch, capsys) -> None:
     monkeypatch.setattr(kernel_tiles, 'SIZES', {name: sizes[:2] for name, sizes in kernel_tiles.SIZES.items()})
     monkeypatch.setattr('sys.argv', ['kernel_tiles.py', *where])
     kernel_tiles.main()
-    in_use = ', '.join(map(str, atac.tile_for(32, 16, torch.bfloat16, True)))
+    x = torch.empty(2, 32, 3, 2, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
+    in_use = ', '.join(map(str, atac.tile_for(x, torch.empty(16, 32, dtype=x.dtype))))
     assert {row[0] for row in rows(capsys)} & {f'{in_use} (in use)'}
 
 

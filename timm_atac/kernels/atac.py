@@ -28,23 +28,45 @@ class Tile(NamedTuple):
     stages: int = 2
 
 
-_HALF, _HALF_CONTIGUOUS, _FLOAT32 = range(3)
-# for hidden channels up to a number: without spilled registers, and within the shared memory of every GPU of capability
-# 8.0 or newer, by `benchmarks/kernel_resources.py`; which is the fastest was not measured yet
-_TILES = {
-    32: (Tile(128, 64, 32, 64, 4), Tile(64, 32, 32, 32, 4), Tile(64, 32, 32, 64, 4)),
-    64: (Tile(128, 64, 64, 128, 8), Tile(64, 64, 64, 64, 8), Tile(64, 32, 64, 64, 8)),
-    128: (Tile(128, 64, 128, 64, 8), Tile(64, 64, 128, 32, 8), Tile(32, 32, 128, 64, 8)),
-    256: (Tile(64, 64, 256, 64, 8), Tile(32, 32, 256, 64, 8), Tile(32, 32, 256, 32, 8)),
-    512: (Tile(32, 64, 512, 32, 8), Tile(16, 64, 512, 32, 8), Tile(16, 32, 512, 32, 8)),
+# by hidden channels up to a number, the last for more; without spilled registers, and within the shared memory of every
+# GPU of capability 8.0 or newer, by `benchmarks/kernel_resources.py`; which is the fastest was not measured yet
+_HALF = {
+    32: Tile(128, 64, 32, 64, 4),
+    64: Tile(128, 64, 64, 128, 8),
+    128: Tile(256, 32, 128, 32, 16),
+    256: Tile(128, 64, 256, 32, 16),
+    512: Tile(32, 64, 512, 32, 8),
+    0: Tile(64, 64, 256, 32, 8),
 }
-_LARGEST = (Tile(64, 64, 256, 32, 8), Tile(32, 64, 256, 32, 8), Tile(32, 32, 256, 32, 8))
+_HALF_OF_FLOAT32 = _HALF | {128: Tile(128, 64, 128, 64, 8), 256: Tile(64, 32, 256, 32, 8)}  # under autocast
+_HALF_CONTIGUOUS = {
+    32: Tile(64, 32, 32, 32, 4),
+    64: Tile(64, 64, 64, 64, 8),
+    128: Tile(64, 64, 128, 32, 8),
+    256: Tile(32, 32, 256, 64, 8),
+    512: Tile(16, 32, 512, 32, 8),
+    0: Tile(32, 64, 256, 32, 8),
+}
+_FLOAT32 = {
+    32: Tile(64, 32, 32, 64, 4),
+    64: Tile(64, 32, 64, 64, 8),
+    128: Tile(32, 32, 128, 64, 8),
+    256: Tile(32, 32, 256, 32, 8),
+    512: Tile(16, 32, 512, 32, 8),
+    0: Tile(32, 32, 256, 32, 8),
+}
 
 
-def tile_for(channels: int, hidden: int, dtype: torch.dtype, channels_last: bool) -> Tile:
-    """The tile for weights (hidden, channels) of a type."""
-    column = _FLOAT32 if dtype == torch.float32 else _HALF if channels_last else _HALF_CONTIGUOUS
-    tile = next((tiles for most, tiles in _TILES.items() if hidden <= most), _LARGEST)[column]
+def tile_for(x: torch.Tensor, weight1: torch.Tensor) -> Tile:
+    """The tile for an input (B, C, H, W) and a weight (K, C), which may be on the meta device."""
+    hidden, channels = weight1.shape
+    if weight1.dtype == torch.float32:
+        tiles = _FLOAT32
+    elif layout(x) != torch.channels_last:
+        tiles = _HALF_CONTIGUOUS
+    else:
+        tiles = _HALF if x.dtype == weight1.dtype else _HALF_OF_FLOAT32
+    tile = next((tile for most, tile in tiles.items() if hidden <= most), tiles[0])
     return tile._replace(
         inputs=max(min(tile.inputs, _power_of_2(channels)), 16),  # a side of a product has 16 at least
         hidden=max(min(tile.hidden, _power_of_2(hidden)), 16),
@@ -102,8 +124,7 @@ def atac(
     _fake(x, weight1, bias1, weight2, bias2)
     if weight1.dtype not in DTYPES or not can_run(x.device):
         return torch.empty_like(x).copy_(formula(x, weight1, bias1, weight2, bias2))
-    tile = tile_for(x.shape[1], weight1.shape[0], weight1.dtype, layout(x) == torch.channels_last)
-    return launch(x, weight1, bias1, weight2, bias2, tile=tile)
+    return launch(x, weight1, bias1, weight2, bias2, tile=tile_for(x, weight1))
 
 
 def formula(
