@@ -1,18 +1,18 @@
 #!/usr/bin/env python
 """What the Triton kernels take of a GPU, compiled here for one that need not be there: registers, spills, memory.
 
-    python benchmarks/kernel_resources.py                          # compute capabilities 8.0 and 9.0
+    python benchmarks/kernel_resources.py              # compute capabilities 8.0 and 9.0
     python benchmarks/kernel_resources.py --capability 8.6 12.0 --dtype bfloat16 autocast
 
-A spill is bytes of local memory that a thread has for registers that were not enough. Under autocast, weights are of
-bfloat16, and the input may be of float32.
+A spill is bytes of local memory that a thread has for registers that were not enough. Triton compiles a kernel for
+numbers of positions that 16 divides and again for others: a row has the most that one of them takes. Under autocast,
+weights are of bfloat16, and the input may be of float32; float32 is multiplied in TF32, or exactly (ieee).
 """
 
 import argparse
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -30,9 +30,11 @@ DTYPES = {  # of the weights, and of the input
     'bfloat16': (torch.bfloat16, torch.bfloat16),
     'float16': (torch.float16, torch.float16),
     'float32': (torch.float32, torch.float32),
+    'ieee': (torch.float32, torch.float32),
     'autocast': (torch.bfloat16, torch.float32),
 }
-SHARED = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 120: 99}  # KB a program may have, CUDA's guide
+# of a processor, by CUDA's guide: KB of shared memory, of which a program may have one less, and warps
+LIMITS = {80: (164, 64), 86: (100, 48), 87: (164, 48), 89: (100, 48), 90: (228, 64), 100: (228, 64), 120: (100, 48)}
 _CUOBJDUMP = Path(triton.__file__).parent / 'backends/nvidia/bin/cuobjdump'
 
 
@@ -42,25 +44,14 @@ class Resources(NamedTuple):
     shared: int  # bytes of a program
     warps: int
 
-    @property
-    def warps_at_once(self) -> int:
-        """How many of the 64 warps of a processor have registers: its 65,536 in portions of 256 a warp."""
-        return min(64 // self.warps, 65536 // (-(-self.registers * 32 // 256) * 256 * self.warps)) * self.warps
+    def fits(self, capability: int) -> bool:
+        return self.shared <= (LIMITS[capability][0] - 1) * 1024
 
-
-class _Launcher:
-    """Takes the place of a kernel, and keeps what it is launched with."""
-
-    def __init__(self, kernel: Any, launches: list['Launch']) -> None:
-        self._kernel, self._launches = kernel, launches
-
-    def __getitem__(self, grid: Any) -> Callable[..., None]:
-        return self._keep
-
-    def _keep(self, *args: Any, **kwargs: Any) -> None:
-        options: dict[str, int] = {name: kwargs.pop(name) for name in ('num_warps', 'num_stages') if name in kwargs}
-        arguments = dict(zip(self._kernel.arg_names, args, strict=False)) | kwargs
-        self._launches.append(Launch(self._kernel, arguments, options))
+    def warps_at_once(self, capability: int) -> int:
+        """How many a processor has room for: in 65,536 registers, in portions of 256 a warp, and in shared memory."""
+        memory, warps = LIMITS[capability]
+        by_registers = 65536 // (-(-self.registers * 32 // 256) * 256 * self.warps)
+        return min(warps // self.warps, by_registers, memory * 1024 // (self.shared + 1024)) * self.warps
 
 
 class Launch(NamedTuple):
@@ -69,13 +60,18 @@ class Launch(NamedTuple):
     options: dict[str, int]
 
     def compile(self, capability: int) -> Resources:
-        """As for a GPU of a compute capability, 80 for 8.0."""
+        """The most that any form takes, for a GPU of a compute capability, 80 for 8.0."""
+        found = [self._compile(capability, aligned) for aligned in (False, True)]
+        return Resources(*(max(values) for values in zip(*found, strict=True)))
+
+    def _compile(self, capability: int, aligned: bool) -> Resources:
         tensors = {name: arg for name, arg in self.arguments.items() if isinstance(arg, torch.Tensor)}
         constants = {name: arg for name, arg in self.arguments.items() if name.isupper()}
         signature = {name: 'constexpr' if name in constants else 'i32' for name in self.kernel.arg_names}
         signature |= {name: '*' + TYPES[t.dtype] for name, t in tensors.items()}
-        aligned = {(self.kernel.arg_names.index(name),): [['tt.divisibility', 16]] for name in tensors}
-        source = ASTSource(self.kernel, signature, constants, aligned)
+        sizes = [name for name in ('positions', 'area', 'share') if aligned and name in self.arguments]
+        hints = {(self.kernel.arg_names.index(name),): [['tt.divisibility', 16]] for name in (*tensors, *sizes)}
+        source = ASTSource(self.kernel, signature, constants, hints)
         compiled = triton.compile(source, target=GPUTarget('cuda', capability, 32), options=self.options)
         with tempfile.NamedTemporaryFile(suffix='.cubin') as file:
             file.write(compiled.asm['cubin'])
@@ -92,7 +88,14 @@ def launches(channels: int, name: str, channels_last: bool, hidden: int | None =
     """What each operation launches for a map of some channels and types of `DTYPES`, by the kernel's name."""
     dtype, input_dtype = DTYPES[name]
     kept: list[Launch] = []
-    recorded: dict[str, Any] = {'launcher': lambda kernel: _Launcher(kernel, kept), 'can_run': lambda device: True}
+
+    def keep(wrapped: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
+        kernel = wrapped if hasattr(wrapped, 'arg_names') else wrapped.kernel
+        names = {'num_warps', 'num_stages'} & constants.keys()
+        options = {option: int(constants.pop(option)) for option in names}
+        arguments = dict(zip(kernel.arg_names, args, strict=False)) | constants
+        kept.append(Launch(kernel, arguments, options))
+
     hidden = max(channels // 2, 1) if hidden is None else hidden
     x = torch.zeros(2, channels, 3, 3, dtype=input_dtype)
     x = x.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
@@ -101,7 +104,16 @@ def launches(channels: int, name: str, channels_last: bool, hidden: int | None =
         torch.zeros(shape, dtype=dtype) for shape in ((hidden, channels), hidden, (channels, hidden), channels)
     ]
     of_channels = [torch.zeros(channels)] * 4
-    with mock.patch.multiple(atac, **recorded), mock.patch.multiple(norm_gate, **recorded):
+
+    def here(device: torch.device) -> bool:
+        return True
+
+    with (
+        mock.patch.multiple(
+            atac, run_kernel=keep, can_run=here, _precision=lambda: 'ieee' if name == 'ieee' else 'tf32'
+        ),
+        mock.patch.multiple(norm_gate, run_kernel=keep, can_run=here),
+    ):
         atac.atac(x, *parameters)
         norm_gate.norm_gate(x, z, *of_channels)
         norm_gate.norm_gate_sums(x, x, z, *of_channels)
@@ -112,7 +124,7 @@ def launches(channels: int, name: str, channels_last: bool, hidden: int | None =
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--capability', nargs='+', default=['8.0', '9.0'])
-    parser.add_argument('--dtype', nargs='+', choices=DTYPES, default=['bfloat16', 'float32', 'autocast'])
+    parser.add_argument('--dtype', nargs='+', choices=DTYPES, default=['bfloat16', 'float32', 'ieee', 'autocast'])
     parser.add_argument('--channels', nargs='+', type=int, default=CHANNELS)
     args = parser.parse_args()
     capabilities = [int(text.replace('.', '')) for text in args.capability]
@@ -123,8 +135,10 @@ def main() -> None:
         for channels_last in (True, False):
             for channels in args.channels:
                 for name, launch in launches(channels, dtype, channels_last).items():
-                    found = [launch.compile(capability) for capability in capabilities]
-                    cells = [f'{r.registers}, {r.spilled}, {r.shared / 1024:.1f}, {r.warps_at_once}' for r in found]
+                    found = {c: launch.compile(c) for c in capabilities}
+                    cells = [f'{r.registers}, {r.spilled}, {r.shared / 1024:.1f}' for r in found.values()]
+                    at_once = [r.warps_at_once(capability) for capability, r in found.items()]
+                    cells = [f'{cell}, {warps}' for cell, warps in zip(cells, at_once, strict=True)]
                     tile = ' x '.join(str(n) for key, n in launch.arguments.items() if key.endswith('_TILE'))
                     where = 'channels_last' if channels_last else 'contiguous'
                     print(f'| {name} | {channels} | {dtype} | {where} | {tile} | {" | ".join(cells)} |', flush=True)

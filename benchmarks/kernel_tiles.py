@@ -4,17 +4,20 @@
     python benchmarks/kernel_tiles.py --shapes 64x56x56 128x28x28 256x14x14 512x7x7
     python benchmarks/kernel_tiles.py --shapes 512x7x7 --dtype float16 --layout contiguous --best 20
 
-Every tile that the GPU takes is compiled and timed, in turns with all others and a copy: some minutes for a shape.
+Every tile that may fit and that the GPU takes is compiled and timed, in turns with all others and a copy: expect
+several minutes for a shape.
 """
 
 import argparse
 import itertools
+import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
-from kernels import Setting, Shape, setting_of
+from kernels import Setting, Shape, copied, setting_of
 from measure import Spread, ratio
+from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources
 
 from timm_atac.kernels import atac
@@ -25,8 +28,8 @@ SIZES = {
     'inputs': (32, 64, 128),
     'hidden': (16, 32, 64, 128, 256, 512),
     'outputs': (32, 64, 128),
-    'warps': (4, 8),
-    'stages': (1, 2, 3),
+    'warps': (4, 8, 16),
+    'stages': (1, 2, 3, 4),
 }
 
 
@@ -34,7 +37,9 @@ def tiles(channels: int, hidden: int) -> Iterator[Tile]:
     """Those of which no side is longer than it needs to be; all hidden channels at once, or 256 of them."""
     whole = max(16, 1 << (hidden - 1).bit_length())
     for tile in itertools.starmap(Tile, itertools.product(*SIZES.values())):
-        if tile.hidden in {whole, min(whole, 256)} and max(tile.inputs, tile.outputs) <= max(channels, 32):
+        values = tile.positions * (tile.hidden + tile.outputs) / (32 * tile.warps)  # of a thread, in registers
+        is_long = max(tile.inputs, tile.outputs) > max(channels, 32)
+        if tile.hidden in {whole, min(whole, 256)} and not is_long and 8 <= values <= (80 if tile.warps == 16 else 160):
             yield tile
 
 
@@ -45,12 +50,13 @@ def tune(setting: Setting, shape: Shape) -> dict[str, list[float]]:
     parameters = [torch.randn(size, device=setting.device, dtype=setting.dtype) for size in sizes]
     x = setting.map(shape)
     used = atac.tile_for(x, parameters[0])
-    runs: dict[str, Callable[[torch.Tensor], object]] = {'copy': torch.empty_like(x).copy_}
+    runs: dict[str, Callable[[torch.Tensor], object]] = {'copy': copied}
     for tile in dict.fromkeys((used, *tiles(channels, hidden))):
         run = partial(_launch, parameters, tile)
         try:
             run(x)
-        except OutOfResources:
+        except (OutOfResources, CompilationError) as error:
+            print(f'{tuple(tile)}: {type(error).__name__}', file=sys.stderr)
             continue
         runs[f'{", ".join(map(str, tile))}{" (in use)" if tile == used else ""}'] = run
     return setting.measure(runs, x)

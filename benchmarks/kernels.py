@@ -5,9 +5,11 @@
     python benchmarks/kernels.py --what inference --shapes 64x56x56 256x14x14 --dtype float16 --plot kernels.png
     python benchmarks/speed.py --device cuda --batch-size 256 --mode half --what inference --kernels  # networks
 
-Calls run as CUDA graphs, and walk through copies of the input that are larger together than the GPU's cache. The forms
-of a shape take turns in every round. A share is of what a copy of the same map moves a second in the same rounds.
-kernel_tiles.py looks for the fastest tiles; kernel_resources.py tells without a GPU what the kernels take of one.
+Inference runs as CUDA graphs, and walks through copies of the input that are larger together than the GPU's cache;
+training runs eagerly. The forms of a shape take turns in every round. A share is of what a copy of the same map moves a
+second in the same rounds. In float32, convolutions and the kernel multiply in TF32 by default, and the products of
+'folded' do not. kernel_tiles.py looks for the fastest tiles; kernel_resources.py tells without a GPU what the kernels
+take of one.
 """
 
 import argparse
@@ -52,15 +54,15 @@ class Setting(NamedTuple):
 
     def measure(self, runs: dict[str, Callable[[torch.Tensor], object]], x: torch.Tensor) -> dict[str, list[float]]:
         """Seconds a call, by round."""
-        size = x.numel() * x.element_size()
-        copies = 1 if self.device.type == 'cpu' else min(64, max(1, round(CACHE / size)))
+        cuda = self.device.type == 'cuda'
+        copies = min(512, max(1, round(CACHE / (x.numel() * x.element_size())))) if cuda else 1
         inputs = [x.clone(memory_format=torch.preserve_format) for _ in range(copies)]
+        pool = torch.cuda.graph_pool_handle() if cuda else None
 
-        def walk(run: Callable[[torch.Tensor], object]) -> None:
-            for t in inputs:
-                run(t)
+        def walk(run: Callable[[torch.Tensor], object]) -> list[object]:
+            return [run(t) for t in inputs]  # all of the results at once: each is written to another place
 
-        walks = {name: captured(partial(walk, run), self.device) for name, run in runs.items()}
+        walks = {name: captured(partial(walk, run), self.device, pool) for name, run in runs.items()}
         times = interleaved(walks, self.rounds, self.device, at_least=0.02)
         return {name: [seconds / copies for seconds in values] for name, values in times.items()}
 
@@ -99,12 +101,16 @@ def _infer(module: Any, x: torch.Tensor) -> torch.Tensor:
 def inference(setting: Setting, shape: Shape, names: Sequence[str]) -> dict[str, list[float]]:
     torch.compiler.reset()
     x = setting.map(shape)
-    runs: dict[str, Callable[[torch.Tensor], object]] = {'copy': torch.empty_like(x).copy_}
+    runs: dict[str, Callable[[torch.Tensor], object]] = {'copy': copied}
     return setting.measure(runs | forms(unit_for(shape[0]), names, setting), x)
 
 
+def copied(x: torch.Tensor) -> torch.Tensor:
+    return x.clone(memory_format=torch.preserve_format)
+
+
 def training(setting: Setting, shape: Shape, names: Sequence[str]) -> dict[str, list[float]]:
-    """Both ways, under autocast where the type is a narrow one."""
+    """Both ways, eagerly, under autocast where the type is a narrow one."""
     torch.compiler.reset()
     x, grad = setting.map(shape), setting.map(shape)
     plain = unit_for(shape[0]).train()
@@ -126,6 +132,7 @@ def _both_ways(setting: Setting, name: str, module: Any, x: torch.Tensor, grad: 
     y.backward(grad)
     x.grad = None
     module.zero_grad()
+    timm_atac.use_kernels(None)
 
 
 def errors(setting: Setting, channels: int, names: Sequence[str]) -> dict[str, float]:
@@ -210,7 +217,7 @@ def setting_of(parser: argparse.ArgumentParser) -> tuple[Setting, argparse.Names
     if not runs_kernels(args.device):
         parser.error(
             f'no kernel runs on {args.device} here: it takes a GPU of compute capability 8.0 or newer, and PyTorch '
-            f'2.6 or newer with Triton. To try this script without a GPU, set TRITON_INTERPRET=1, and give --device '
+            f'2.7 or newer with Triton. To try this script without a GPU, set TRITON_INTERPRET=1, and give --device '
             f'cpu and small shapes and batches: what it times then is the interpreter.'
         )
     layout = torch.channels_last if args.layout == 'channels_last' else torch.contiguous_format

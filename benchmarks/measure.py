@@ -5,9 +5,10 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 os.environ.setdefault('KINETO_LOG_LEVEL', '99')  # PyTorch's profiler tells of GPUs that are not there
+os.environ.setdefault('TORCHINDUCTOR_FORCE_DISABLE_CACHES', '1')  # what is compiled is what is there now
 
 import torch
 import torch.nn as nn
@@ -52,17 +53,24 @@ def interleaved(
     )
 
 
-def captured(run: Callable[[], object], device: torch.device) -> Callable[[], object]:
-    """A call as a CUDA graph, so that what is measured is the GPU and not Python; on other devices the call itself."""
+def captured(run: Callable[[], object], device: torch.device, pool: Any = None) -> Callable[[], object]:
+    """A call as a CUDA graph, so that what is measured is the GPU and not Python; on other devices the call itself.
+
+    Args:
+        run: What is called.
+        device: Where.
+        pool: Of `torch.cuda.graph_pool_handle()`, for graphs that may write over each other's results.
+    """
     if device.type != 'cuda':
         return run
     stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
         for _ in range(3):  # compiles, and allocates what stays
             run()
     torch.cuda.synchronize(device)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
+    with torch.cuda.graph(graph, pool=pool, stream=stream):
         run()
     return graph.replay
 

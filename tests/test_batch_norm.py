@@ -10,6 +10,8 @@ import torch.nn as nn
 from lean_units import SHAPE, assert_same, everything, is_lean, naming, pair
 from timm.utils import freeze
 
+from timm_atac.batch_norm import BatchNorm
+
 
 @pytest.mark.parametrize(
     'options',
@@ -141,3 +143,16 @@ def test_synchronized_norms(tmp_path, sizes, affine) -> None:
     for name in ('conv1.weight', 'conv2.weight'):
         error = (halves[0][name] + halves[1][name] - expected[name]).norm() / expected[name].norm()
         assert error < 0.05, name
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
+def test_statistics_alone(dtype) -> None:
+    """For one who normalises: the same values, and the same running statistics, as of a forward pass."""
+    norms: list[Any] = [nn.BatchNorm2d(14, dtype=dtype) for _ in range(2)]
+    h = torch.randn(SHAPE, dtype=dtype) + 1
+    expected = norms[0](h)
+    norm = BatchNorm.of(norms[1])
+    mean, invstd, weight, bias = (v.view(1, -1, 1, 1) for v in norm.scales(norm.statistics(h), None, None))
+    torch.testing.assert_close((h - mean) * invstd * weight + bias, expected)
+    for found, buffer in zip(norms[1].buffers(), norms[0].buffers(), strict=True):
+        torch.testing.assert_close(found, buffer)

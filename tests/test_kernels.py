@@ -1,5 +1,6 @@
 """The Triton kernels against their formulas in float64: on a GPU, or interpreted (test_kernels_interpreted.py)."""
 
+import copy
 from typing import Any
 from unittest import mock
 
@@ -33,7 +34,8 @@ PLACES = [(2, 7, 5), (1, 1, 1), (3, 9, 8)]
 
 
 @pytest.fixture(autouse=True)
-def _as_before():
+def _as_before(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, 'allow_tf32', False)
     yield
     timm_atac.use_kernels(None)
 
@@ -314,6 +316,79 @@ def test_some_gradients() -> None:
             grads.append(torch.autograd.grad(y.square().sum(), inputs))
         for found, expected in zip(*grads, strict=True):
             torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_what_the_kernels_of_training_leave_alone() -> None:
+    """Float64 and mixed norms: by PyTorch's operations, as without kernels."""
+    timm_atac.use_kernels(True)
+    for dtype, norm_dtype in ((torch.float64, torch.float64), (torch.float32, torch.float64)):
+        _, lean = pair()
+        lean.to(DEVICE, dtype)
+        lean.bn2.to(dtype=norm_dtype)
+        x = torch.randn(3, 14, 7, 5, device=DEVICE, dtype=dtype)
+        with spied(norm_gate, *OPERATIONS):
+            try:
+                lean(x).sum().backward()
+            except RuntimeError:  # PyTorch's own, of types that do not go together
+                assert dtype != norm_dtype
+            assert [getattr(norm_gate, name).call_count for name in OPERATIONS] == [0, 0, 0]
+    _, lean = pair()
+    x = torch.randn(3, 14, 7, 5, device=DEVICE, requires_grad=True)
+    grad = torch.randn(3, 14, 7, 5, device=DEVICE).contiguous(memory_format=torch.channels_last)
+    with spied(norm_gate, *OPERATIONS):
+        lean.to(DEVICE)(x).backward(grad)
+        assert [getattr(norm_gate, name).call_count for name in OPERATIONS] == [1, 0, 0]
+
+
+def test_rows_that_lie_otherwise() -> None:
+    """Weights and biases of a norm as columns of one table."""
+    timm_atac.use_kernels(True)
+    _, lean = pair()
+    lean.to(DEVICE)
+    x = torch.randn(3, 14, 7, 5, device=DEVICE)
+    expected = lean(x)
+    table = torch.stack((lean.bn2.weight.detach(), lean.bn2.bias.detach()), 1)
+    lean.bn2.weight, lean.bn2.bias = nn.Parameter(table[:, 0]), nn.Parameter(table[:, 1])
+    assert lean.bn2.weight.stride() == (2,)
+    torch.testing.assert_close(lean(x), expected)
+
+
+def test_running_statistics_of_other_types() -> None:
+    """Of a model in bfloat16 whose norms have no weights: no further from float32 than without the kernels."""
+    plain, lean = pair(norm_layer=lambda channels, **dd: nn.BatchNorm2d(channels, affine=False, **dd))
+    x = torch.randn(3, 14, 7, 5, device=DEVICE).bfloat16()
+    errors = []
+    exact = copy.deepcopy(plain).to(DEVICE)
+    exact(x.float())
+    for enable in (False, True):
+        unit = copy.deepcopy(lean).to(DEVICE, torch.bfloat16)
+        timm_atac.use_kernels(enable)
+        with spied(norm_gate, *OPERATIONS):
+            unit(x)
+            assert norm_gate.norm_gate.call_count == enable
+        errors.append(error(unit.bn2.running_var, exact.bn2.running_var))
+    assert errors[1] < 1.5 * errors[0] + 1e-3 and errors[0] < 0.02
+
+
+def test_precision_of_float32(monkeypatch) -> None:
+    """As in convolutions."""
+    for allowed, expected in ((True, 'tf32'), (False, 'ieee')):
+        monkeypatch.setattr(torch.backends.cudnn, 'allow_tf32', allowed)
+        with mock.patch.object(atac, 'run_kernel') as run:
+            atac.atac(*maps(1, 16, (1, 2, 2), 'contiguous', torch.float32), *parameters(16, 8, torch.float32))
+        assert run.call_args.kwargs['PRECISION'] == expected
+
+
+def test_types_that_stay_as_they_are() -> None:
+    """Float64 is computed by the formula, and types that do not go together are PyTorch's error."""
+    x = torch.randn(2, 14, 3, 3, dtype=torch.float64, device=DEVICE)
+    weights = [w.double() for w in parameters(14, 7, torch.float32)]
+    torch.testing.assert_close(atac.atac(x, *weights), atac.formula(x, *weights), rtol=1e-12, atol=1e-12)
+    y = norm_gate.norm_gate(x.half(), x.bfloat16(), *(torch.ones(14, device=DEVICE) for _ in range(4)))
+    assert y.dtype == torch.float32
+    unit: Any = fuse(pair()[0], example_input=torch.randn(2, 14, 3, 3), kernel=True).to(DEVICE, torch.bfloat16)
+    with spied(atac, 'atac'), pytest.raises(RuntimeError):
+        unit(x.float())
 
 
 def test_gradient_that_lies_otherwise() -> None:

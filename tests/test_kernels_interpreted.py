@@ -13,7 +13,7 @@ from timm_atac.kernels.switch import IS_INSTALLED
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason='they run on the GPU instead')
-@pytest.mark.skipif(not IS_INSTALLED, reason='needs PyTorch 2.6 or newer with Triton')
+@pytest.mark.skipif(not IS_INSTALLED, reason='needs PyTorch 2.7 or newer with Triton')
 def test_kernels_interpreted(tmp_path) -> None:
     report = tmp_path / 'report.xml'
     command = [sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', f'--junitxml={report}']

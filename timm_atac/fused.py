@@ -17,7 +17,7 @@ from .complete import ChannelModule
 from .eager import is_recorded, is_watched
 from .fold import Adjacency, fold
 from .kernels.gate import gate_
-from .kernels.switch import DTYPES, can_run, check_installed, is_wanted, layout
+from .kernels.switch import DTYPES, MOST_HIDDEN, can_run, check_choice, is_wanted, layout
 from .layers import ATAC, LocalSE
 from .lean import ATACMe
 from .precision import autocast_dtype, cast, without_autocast
@@ -39,6 +39,8 @@ class FusedATAC(ChannelModule):
         unit: Whose parts it takes, with norms that are folded, or are still there.
         kernel: Whether it is one kernel; None is what the process wants.
     """
+
+    kernel: bool | None = None  # also of what was pickled before there was one
 
     def __init__(self, unit: ATAC, kernel: bool | None = None) -> None:
         super().__init__(unit.input_fmt)
@@ -70,17 +72,19 @@ class FusedATAC(ChannelModule):
 
     @torch.jit.unused
     def _fits_kernel(self, x: torch.Tensor) -> bool:
-        traced = torch.compiler.is_compiling() and not torch.onnx.is_in_onnx_export()
-        dtype = autocast_dtype(x) or self.conv1.weight.dtype
-        runs = (traced and x.device.type == 'cuda') or can_run(x.device)  # traced, the operation asks what GPU it is
-        return (
-            runs
-            and dtype in DTYPES
-            and x.dtype in (dtype, torch.float32 if autocast_dtype(x) is not None else dtype)
-            and layout(x) is not None
-            and (traced or not is_recorded(x))
-            and self._is_standard()
-        )
+        if torch.compiler.is_compiling():
+            is_seen = torch.onnx.is_in_onnx_export() or torch._C._are_functorch_transforms_active()
+            runs = x.device.type == 'cuda' or can_run(x.device)  # the operation itself asks what GPU it is
+        else:
+            is_seen = is_recorded(x)
+            runs = not is_seen and can_run(x.device)
+        if is_seen or not runs or not self._is_standard() or layout(x) is None:
+            return False
+        if self.conv1.out_channels > MOST_HIDDEN:
+            return False
+        cast_to = autocast_dtype(x)
+        dtype = self.conv1.weight.dtype if cast_to is None else cast_to
+        return dtype in DTYPES and (x.dtype == dtype or (cast_to is not None and x.dtype == torch.float32))
 
     @torch.jit.unused
     def _activate_by_kernel(self, x: torch.Tensor) -> torch.Tensor:
@@ -105,10 +109,13 @@ class FusedATAC(ChannelModule):
             return gate_(x, y) if x.dtype == y.dtype else x * y.sigmoid_()
 
     def extra_repr(self) -> str:
+        if not self._is_standard():
+            return super().extra_repr()
         weight = self.conv1.weight
         wanted = is_wanted('atac', weight.device, self.channels, self.kernel)
-        form = 'one kernel' if wanted and can_run(weight.device) and self._is_standard() else 'two products'
-        return f'{super().extra_repr()}, {form} on {weight.device.type}'
+        fits = wanted and weight.dtype in DTYPES and weight.shape[0] <= MOST_HIDDEN
+        fits = fits and type(weight.data) is torch.Tensor and can_run(weight.device)
+        return f'{super().extra_repr()}, {"one kernel" if fits else "two products"} on {weight.device.type}'
 
 
 def _product(rows: torch.Tensor, conv: Any, dtype: torch.dtype | None, relu: bool = False) -> torch.Tensor:
@@ -146,11 +153,10 @@ def fuse(model: nn.Module, *, example_input: Any = None, kernel: bool | None = N
         A copy in `eval()`, equal to the model within rounding. It has no state dict: save the model it was made of.
 
     Raises:
-        ValueError: The model does not take `example_input`.
-        ImportError: `kernel=True`, and Triton is not installed, or PyTorch is older than 2.6.
+        ValueError: The model does not take `example_input`, or `kernel` is none of True, False, None.
+        ImportError: `kernel=True`, and Triton is not installed, does not load, or PyTorch is older than 2.7.
     """
-    if kernel:
-        check_installed()
+    check_choice('fuse: kernel', kernel)
     fused = copy.deepcopy(_unwrapped(model)).eval()
     for module in list(fused.modules()):  # what has branches, such as RepVGG's block, makes one convolution of them
         by_timm = type(module).__module__.startswith('timm.') and hasattr(module, 'reparameterize')

@@ -27,25 +27,27 @@ class Gradients(NamedTuple):
 
 
 def forward(
-    x: torch.Tensor, z: torch.Tensor, norm: BatchNorm, weight: Any, bias: Any
+    x: torch.Tensor, maps: list[torch.Tensor], norm: BatchNorm, weight: Any, bias: Any
 ) -> tuple[torch.Tensor, Statistics]:
     """Normalise, update the running statistics, and gate.
 
     Args:
         x: (B, C, H, W).
-        z: The same shape; may be overwritten.
+        maps: z alone, of the same shape, which is taken out so that it can be freed on the way, and may be overwritten.
         norm: Of z.
         weight, bias: The norm's, (C,) or None.
 
     Returns:
         The result, of the wider type of x and z, and what z was normalised by.
     """
+    z = maps.pop()
     if _by_kernel(x, z, weight=weight):
         from .kernels.norm_gate import norm_gate
 
         statistics = norm.statistics(z)
         return norm_gate(x, z, *norm.scales(statistics, weight, bias)), statistics
     y, statistics = norm.forward(z, weight, bias)
+    del z
     return gate_(x, y) if y.dtype == x.dtype else x * y.sigmoid_(), statistics
 
 
@@ -63,7 +65,8 @@ def backward(
 
     Args:
         grad_y: Of the result of `forward`.
-        x, z, norm, weight, bias: Its arguments.
+        x, norm, weight, bias: Its arguments.
+        z: What was in its `maps`.
         statistics: What it returned.
         needed: Which, in the order of `Gradients`.
     """
@@ -103,6 +106,6 @@ def _backward_by_kernel(
     if needed[0] or needed[1]:
         means = norm.means(sums, z, statistics) if needs_means and sums is not None else z.new_zeros(2, z.shape[1])
         grad_x, grad_z = norm_gate_backward(grad_y, x, z, *scales, means.float())
-    grad_bias, grad_weight = (None, None) if sums is None else sums
+    grad_bias, grad_weight = (None, None) if sums is None else (row.clone() for row in sums)  # of their own storages
     found = (grad_x, grad_z, grad_weight, grad_bias)
     return Gradients(*(grad if wanted else None for grad, wanted in zip(found, needed, strict=True)))

@@ -22,6 +22,7 @@ from . import gated_norm
 from .batch_norm import BatchNorm, Statistics
 from .eager import is_recorded, is_watched
 from .layers import ATAC
+from .pointwise import pointwise_backward
 from .precision import autocast_dtype, cast, without_autocast
 
 __all__ = ['ACTIVATIONS_ME', 'ATACMe']
@@ -104,8 +105,9 @@ class _Unit(torch.autograd.Function):
         with without_autocast(x.device):
             hidden = F.conv2d(cast(x, dtype), cast(weight1, dtype))
             y, statistics1 = norm1.forward(hidden, scale1, shift1)
-            out = F.conv2d(y.relu_(), cast(weight2, dtype))
-            y, statistics2 = gated_norm.forward(x, out, norm2, scale2, shift2)
+            maps = [F.conv2d(y.relu_(), cast(weight2, dtype))]
+            del y
+            y, statistics2 = gated_norm.forward(x, maps, norm2, scale2, shift2)
         ctx.norms, ctx.dtype = (norm1, norm2), dtype
         ctx.save_for_backward(x, weight1, weight2, scale1, shift1, scale2, shift2, hidden, *statistics1, *statistics2)
         return y
@@ -134,25 +136,17 @@ def _backward(ctx: Any, grad_y: torch.Tensor) -> tuple[torch.Tensor | None, ...]
     end = gated_norm.backward(grad_y, x, out, norm2, scale2, shift2, statistics2, needed)
     grad_x, grad, grad_scale2, grad_shift2 = end
     del out, end
-    grad, grad_weight2 = _conv_backward(grad, relu, w2, needs_relu, needs_weight2)
+    grad, grad_weight2, _ = pointwise_backward(grad, relu, w2, (needs_relu, needs_weight2, False))
     if needs_relu:
         grad = _aten.threshold_backward.default(grad, relu, 0)
         del relu
         needed1 = [needs_hidden, *needs_affine[:2]]
         grad, grad_scale1, grad_shift1 = norm1.backward(grad, hidden, scale1, statistics1, needed1)
-        grad, grad_weight1 = _conv_backward(grad, cast(x, ctx.dtype), w1, needs_x, needs_weight1)
+        grad, grad_weight1, _ = pointwise_backward(grad, cast(x, ctx.dtype), w1, (needs_x, needs_weight1, False))
     if grad_x is not None:
         grad_x.add_(grad)
     weights = [None if grad is None else grad.to(weight1.dtype) for grad in (grad_weight1, grad_weight2)]
     return (grad_x, *weights, grad_scale1, grad_shift1, grad_scale2, grad_shift2)
-
-
-def _conv_backward(grad: Any, x: torch.Tensor, weight: torch.Tensor, needs_x: bool, needs_weight: bool) -> Any:
-    """Gradients of a 1x1 convolution's input and weight, those that are needed."""
-    if not needs_x and not needs_weight:
-        return None, None
-    pointwise = (None, (1, 1), (0, 0), (1, 1), False, (0, 0), 1)
-    return _aten.convolution_backward.default(grad, x, weight, *pointwise, [needs_x, needs_weight, False])[:2]
 
 
 def _by_autograd(ctx: Any, grad_y: torch.Tensor) -> tuple[torch.Tensor | None, ...]:

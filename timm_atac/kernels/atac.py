@@ -5,8 +5,9 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
+from ..pointwise import pointwise_backward
 from ..precision import without_autocast
-from .op import launcher, operation
+from .op import operation, run_kernel, wrap_triton
 from .switch import DTYPES, IS_INTERPRETED, can_run, layout
 
 try:
@@ -84,11 +85,6 @@ def _fake(
             f'atac: got shapes {found}, expected an input (B, C, H, W), weights (K, C) and (C, K), and their biases '
             f'(K,) and (C,), in the order x, weight1, bias1, weight2, bias2.'
         )
-    if layout(x) is None:
-        raise ValueError(
-            f'atac: the input of shape {found[0]} has strides {x.stride()}, which is neither channels_last nor '
-            f'contiguous. Call .contiguous() on it, or use the folded convolutions.'
-        )
     types = {t.dtype for t in (weight1, bias1, weight2, bias2)}
     if len(types) != 1 or x.dtype not in (torch.float32, weight1.dtype) or not types <= {*DTYPES, torch.float64}:
         raise ValueError(
@@ -96,44 +92,6 @@ def _fake(
             f'type and an input of the same, or of float32.'
         )
     return torch.empty_like(x)
-
-
-@operation('atac', _fake)
-def atac(
-    x: torch.Tensor, weight1: torch.Tensor, bias1: torch.Tensor, weight2: torch.Tensor, bias2: torch.Tensor
-) -> torch.Tensor:
-    """A folded ATAC unit: `x * sigmoid(weight2 @ relu(weight1 @ x + bias1) + bias2)` at each position.
-
-    On a GPU one kernel, which computes products of the parameters' type and everything else in float32, and rounds
-    once; elsewhere, and in float64, the formula of the same name in this module. Any C, K and number of positions;
-    float32 is multiplied as PyTorch's own products are (`torch.set_float32_matmul_precision`).
-
-    Args:
-        x: (B, C, H, W), channels_last or contiguous, of the parameters' type or float32.
-        weight1: (K, C).
-        bias1: (K,).
-        weight2: (C, K).
-        bias2: (C,).
-
-    Returns:
-        A tensor like x, which no other one shares memory with.
-
-    Raises:
-        ValueError: Other shapes, types or strides.
-    """
-    _fake(x, weight1, bias1, weight2, bias2)
-    if weight1.dtype not in DTYPES or not can_run(x.device):
-        return torch.empty_like(x).copy_(formula(x, weight1, bias1, weight2, bias2))
-    return launch(x, weight1, bias1, weight2, bias2, tile=tile_for(x, weight1))
-
-
-def formula(
-    x: torch.Tensor, weight1: torch.Tensor, bias1: torch.Tensor, weight2: torch.Tensor, bias2: torch.Tensor
-) -> torch.Tensor:
-    """What `atac` computes, in plain PyTorch: the reference, and a way for devices without Triton."""
-    with without_autocast(x.device):
-        hidden = F.conv2d(x.to(weight1.dtype), weight1[:, :, None, None], bias1).relu()
-        return x * F.conv2d(hidden, weight2[:, :, None, None], bias2).sigmoid()
 
 
 def launch(
@@ -145,14 +103,16 @@ def launch(
     *,
     tile: Tile,
 ) -> torch.Tensor:
-    """Run the kernel with a tile of one's own; the arguments are not checked."""
+    """Run the kernel with a tile of one's own; the arguments, as of `atac`, are not checked."""
     y = torch.empty_like(x)
     channels, hidden = x.shape[1], weight1.shape[0]
     area = x.shape[2] * x.shape[3]
     positions = x.shape[0] * area
     grid = ((positions + tile.positions - 1) // tile.positions,)
     parameters = [t.contiguous() for t in (weight1, bias1, weight2, bias2)]
-    launcher(atac_kernel)[grid](
+    run_kernel(
+        wrap_triton(atac_kernel),
+        grid,
         x,
         y,
         *parameters,
@@ -174,12 +134,50 @@ def launch(
 
 
 def _precision() -> str:
-    """How float32 is multiplied, as the user has set it for PyTorch's products."""
-    matmul: Any = torch.backends.cuda.matmul
+    """How float32 is multiplied: as in the convolutions that the products are, by default in TF32."""
+    cudnn: Any = torch.backends.cudnn
     try:
-        return 'tf32' if matmul.fp32_precision == 'tf32' else 'ieee'
+        return 'tf32' if cudnn.conv.fp32_precision == 'tf32' else 'ieee'
     except AttributeError:  # before PyTorch 2.9
-        return 'tf32' if matmul.allow_tf32 else 'ieee'
+        return 'tf32' if cudnn.allow_tf32 else 'ieee'
+
+
+@operation('atac', _fake)
+def atac(
+    x: torch.Tensor, weight1: torch.Tensor, bias1: torch.Tensor, weight2: torch.Tensor, bias2: torch.Tensor
+) -> torch.Tensor:
+    """A folded ATAC unit: `x * sigmoid(weight2 @ relu(weight1 @ x + bias1) + bias2)` at each position.
+
+    On a GPU one kernel, which computes products of the parameters' type and everything else in float32, and rounds
+    once; elsewhere, in float64, and for an input with gaps, the formula in this module. Any C, K and number of
+    positions; float32 is multiplied as in convolutions (`torch.backends.cudnn.conv.fp32_precision`, TF32 by default).
+
+    Args:
+        x: (B, C, H, W), of the parameters' type or float32; channels_last or contiguous, if the kernel is to run.
+        weight1: (K, C).
+        bias1: (K,).
+        weight2: (C, K).
+        bias2: (C,).
+
+    Returns:
+        A tensor like x, which no other one shares memory with.
+
+    Raises:
+        ValueError: Other shapes or types.
+    """
+    _fake(x, weight1, bias1, weight2, bias2)
+    if atac_kernel is None or not can_run(x.device) or weight1.dtype not in DTYPES or layout(x) is None:
+        return torch.empty_like(x).copy_(formula(x, weight1, bias1, weight2, bias2))
+    return launch(x, weight1, bias1, weight2, bias2, tile=tile_for(x, weight1))
+
+
+def formula(
+    x: torch.Tensor, weight1: torch.Tensor, bias1: torch.Tensor, weight2: torch.Tensor, bias2: torch.Tensor
+) -> torch.Tensor:
+    """What `atac` computes, in plain PyTorch: the reference, and a way for devices without Triton."""
+    with without_autocast(x.device):
+        hidden = F.conv2d(x.to(weight1.dtype), weight1[:, :, None, None], bias1).relu()
+        return x * F.conv2d(hidden, weight2[:, :, None, None], bias2).sigmoid()
 
 
 def _power_of_2(n: int) -> int:
@@ -190,23 +188,27 @@ def _keep(ctx: Any, inputs: tuple, output: torch.Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     """By the formula, whose values are computed again."""
     x, weight1, bias1, weight2, bias2 = ctx.saved_tensors
+    needs_x, *needs_first, needs_weight2, needs_bias2 = ctx.needs_input_grad
+    needs_hidden = needs_x or any(needs_first)
+    w1, w2 = weight1[:, :, None, None], weight2[:, :, None, None]
     with without_autocast(x.device):
         narrow = x.to(weight1.dtype)
-        hidden = F.conv2d(narrow, weight1[:, :, None, None], bias1).relu()
-        gate = F.conv2d(hidden, weight2[:, :, None, None], bias2).sigmoid()
+        hidden = F.conv2d(narrow, w1, bias1).relu()
+        gate = F.conv2d(hidden, w2, bias2).sigmoid()
         grad_z = (grad * x * gate * (1 - gate)).to(weight1.dtype)
-        grad_hidden = F.conv2d(grad_z, weight2.t()[:, :, None, None]) * (hidden > 0)
-        grad_x = grad * gate + F.conv2d(grad_hidden, weight1.t()[:, :, None, None])
-        return (
-            grad_x.to(x.dtype),
-            torch.einsum('bkhw,bchw->kc', grad_hidden, narrow),
-            grad_hidden.sum((0, 2, 3)),
-            torch.einsum('bchw,bkhw->ck', grad_z, hidden),
-            grad_z.sum((0, 2, 3)),
-        )
+        needed = (needs_hidden, needs_weight2, needs_bias2)
+        grad_hidden, grad_weight2, grad_bias2 = pointwise_backward(grad_z, hidden, w2, needed)
+        through: Any = None
+        grad_weight1 = grad_bias1 = None
+        if needs_hidden:
+            grad_hidden = torch.ops.aten.threshold_backward.default(grad_hidden, hidden, 0)
+            through, grad_weight1, grad_bias1 = pointwise_backward(grad_hidden, narrow, w1, (needs_x, *needs_first))
+        grad_x = (grad * gate + through).to(x.dtype) if needs_x else None
+    weights = [None if g is None else g[..., 0, 0] for g in (grad_weight1, grad_weight2)]
+    return grad_x, weights[0], grad_bias1, weights[1], grad_bias2
 
 
 atac.register_autograd(_backward, setup_context=_keep)

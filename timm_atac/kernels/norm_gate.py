@@ -4,9 +4,11 @@ In maps of T bytes, where PyTorch's own operations move 6 T forwards (statistics
 move 4 T and 8 T.
 """
 
+from typing import Any
+
 import torch
 
-from .op import launcher, operation
+from .op import operation, run_kernel, wrap_triton
 from .switch import DTYPES, can_run, layout
 
 try:
@@ -24,10 +26,15 @@ def suits(*maps: torch.Tensor) -> bool:
     """Whether maps can go into one of the operations together, and a kernel then runs."""
     first = maps[0]
     return (
-        can_run(first.device)
+        not any(torch._C._functorch.is_legacy_batchedtensor(t) for t in maps)  # of a vectorised Jacobian
+        and _runs(*maps)
         and layout(first) is not None
-        and all(t.shape == first.shape and layout(t) == layout(first) and t.dtype in DTYPES for t in maps)
+        and all(t.shape == first.shape and layout(t) == layout(first) for t in maps)
     )
+
+
+def _runs(*maps: torch.Tensor) -> bool:
+    return forward_kernel is not None and can_run(maps[0].device) and all(t.dtype in DTYPES for t in maps)
 
 
 def _fake(
@@ -51,7 +58,7 @@ def norm_gate(
     weight: torch.Tensor,
     bias: torch.Tensor,
 ) -> torch.Tensor:
-    """`x * sigmoid((z - mean) * invstd * weight + bias)`, computed in float32.
+    """`x * sigmoid((z - mean) * invstd * weight + bias)`, computed in float32 where the kernel runs.
 
     Args:
         x, z: (B, C, H, W), both channels_last or both contiguous.
@@ -64,10 +71,10 @@ def norm_gate(
         ValueError: Other shapes or strides.
     """
     y = _fake(x, z, mean, invstd, weight, bias)
-    if not can_run(x.device):
+    if not _runs(x, z):
         gate = _normed_and_gate(z, mean, invstd, weight, bias)[1]
         return y.copy_(x * gate)
-    _launch(forward_kernel, [x, z, y], [mean, invstd, weight, bias])
+    _launch(wrap_triton(forward_kernel), [x, z, y], [mean, invstd, weight, bias])
     return y
 
 
@@ -104,7 +111,7 @@ def norm_gate_sums(
         ValueError: Other shapes or strides.
     """
     _check([grad, x, z], [mean, invstd, weight, bias])
-    if not can_run(x.device):
+    if not _runs(grad, x, z):
         normed, gate = _normed_and_gate(z, mean, invstd, weight, bias)
         grad_normed = grad * x * gate * (1 - gate)
         return torch.stack((grad_normed.sum((0, 2, 3)), (grad_normed * normed).sum((0, 2, 3)))).float()
@@ -113,7 +120,7 @@ def norm_gate_sums(
     tiles = (positions + positions_tile - 1) // positions_tile
     share = max(1, (tiles + _PROGRAMS - 1) // _PROGRAMS) * positions_tile
     sums = x.new_empty(((positions + share - 1) // share, 2, x.shape[1]), dtype=torch.float32)
-    _launch(sums_kernel, [grad, x, z, sums], [mean, invstd, weight, bias], share)
+    _launch(wrap_triton(sums_kernel), [grad, x, z, sums], [mean, invstd, weight, bias], share)
     return sums.sum(0)
 
 
@@ -154,12 +161,13 @@ def norm_gate_backward(
     """
     _check([grad, x, z], [mean, invstd, weight, bias, *means])
     grad_x, grad_z = torch.empty_like(x), torch.empty_like(z)
-    if not can_run(x.device):
+    if not _runs(grad, x, z):
         normed, gate = _normed_and_gate(z, mean, invstd, weight, bias)
         by_one, by_input = (_row(v) for v in means)
         grad_normed = grad * x * gate * (1 - gate) - by_one - normed * by_input
         return grad_x.copy_(grad * gate), grad_z.copy_(_row(weight * invstd) * grad_normed)
-    _launch(backward_kernel, [grad, x, z, grad_x, grad_z], [mean, invstd, weight, bias, means.contiguous()])
+    maps = [grad, x, z, grad_x, grad_z]
+    _launch(wrap_triton(backward_kernel), maps, [mean, invstd, weight, bias, means])
     return grad_x, grad_z
 
 
@@ -190,20 +198,24 @@ def _row(values: torch.Tensor) -> torch.Tensor:
 
 
 def _tile(x: torch.Tensor) -> tuple[int, int]:
-    channels = min(128, 1 << (x.shape[1] - 1).bit_length())
+    """Positions and channels: long where they lie densely."""
+    most = 128 if layout(x) == torch.channels_last else 16
+    channels = min(most, 1 << (x.shape[1] - 1).bit_length())
     return _TILE // channels, channels
 
 
-def _launch(kernel, maps: list[torch.Tensor], rows: list[torch.Tensor], share: int | None = None) -> None:
+def _launch(wrapped: Any, maps: list[torch.Tensor], rows: list[torch.Tensor], share: int | None = None) -> None:
     x = maps[0]
     positions_tile, channels_tile = _tile(x)
     area = x.shape[2] * x.shape[3]
     positions = x.shape[0] * area
     per_program = positions_tile if share is None else share
     grid = ((positions + per_program - 1) // per_program, (x.shape[1] + channels_tile - 1) // channels_tile)
-    launcher(kernel)[grid](
+    run_kernel(
+        wrapped,
+        grid,
         *maps,
-        *rows,
+        *(row.contiguous() for row in rows),
         positions,
         area,
         *([] if share is None else [share]),

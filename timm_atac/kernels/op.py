@@ -1,13 +1,14 @@
 """Operations of PyTorch made of Triton kernels: seen by torch.compile, kept whole by torch.export."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 
 from .switch import IS_INTERPRETED
 
-__all__ = ['launcher', 'operation']
+__all__ = ['operation', 'run_kernel', 'wrap_triton']
 
 
 def operation(name: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
@@ -22,7 +23,9 @@ def operation(name: str, fake: Callable[..., Any]) -> Callable[[Callable[..., An
     """
 
     def decorate(function: Callable[..., Any]) -> Any:
-        define = getattr(torch.library, 'triton_op', torch.library.custom_op)  # before 2.6 no kernel runs in it
+        # what is interpreted needs values, which a compiler has not; and before PyTorch 2.6 no kernel runs at all
+        looked_into = None if IS_INTERPRETED else getattr(torch.library, 'triton_op', None)
+        define = looked_into or torch.library.custom_op
         defined = define(f'timm_atac::{name}', mutates_args=())(function)
         defined.register_fake(fake)
         return defined
@@ -30,6 +33,13 @@ def operation(name: str, fake: Callable[..., Any]) -> Callable[[Callable[..., An
     return decorate
 
 
-def launcher(kernel: Any) -> Any:
-    """A kernel to be launched inside of an operation."""
+def wrap_triton(kernel: Any) -> Any:
+    """A kernel as a compiler sees it; by this name PyTorch finds in an operation's source what its caches depend on."""
     return kernel if IS_INTERPRETED else torch.library.wrap_triton(kernel)
+
+
+def run_kernel(wrapped: Any, grid: tuple[int, ...], x: torch.Tensor, *args: Any, **constants: Any) -> None:
+    """Run a kernel inside of an operation, on the device of its first argument, which need not be the current one."""
+    is_value = type(x) in (torch.Tensor, torch.nn.Parameter)  # and not what a compiler traces with
+    with torch.cuda.device(x.device) if is_value and x.device.type == 'cuda' else nullcontext():
+        wrapped[grid](x, *args, **constants)

@@ -5,35 +5,35 @@ one model `fuse(model, kernel=True)`. Nothing here imports Triton.
 """
 
 import os
+from importlib import import_module
 from importlib.util import find_spec
 
 import torch
 
-__all__ = ['MEASURED_TO_WIN', 'can_run', 'check_installed', 'is_wanted', 'layout', 'use_kernels']
+__all__ = ['MEASURED_TO_WIN', 'can_run', 'check_choice', 'is_wanted', 'layout', 'use_kernels']
 
 VARIABLE = 'TIMM_ATAC_KERNELS'
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-# constants, for torch.compile looks into what is called; PyTorch 2.5 has no way to show it a kernel, and the Triton of
-# that time does not compile all of ours
-IS_INSTALLED = find_spec('triton') is not None and hasattr(torch.library, 'wrap_triton')
-IS_INTERPRETED = os.environ.get('TRITON_INTERPRET') == '1'
+MOST_HIDDEN = 512  # above, the kernel computes hidden values again and again: two products do less
+# constants, for torch.compile looks into what is called; the Triton of PyTorch 2.6 fails at some of the kernels
+IS_INSTALLED = find_spec('triton') is not None and torch.__version__ >= '2.7'
+IS_INTERPRETED = os.environ.get('TRITON_INTERPRET', '').lower() in ('1', 'true', 'on', 'yes', 'y')  # as Triton reads it
 
 # (operation, compute capability of the GPU) -> numbers of channels at which `benchmarks/kernels.py` found the kernel
 # faster than everything else in at least half precision; without an entry it runs only where it is asked for
 MEASURED_TO_WIN: dict[tuple[str, tuple[int, int]], frozenset[int]] = {}
 
 
-def _from_environment() -> bool | None:
-    value = os.environ.get(VARIABLE, '')
-    if value not in ('', '0', '1'):
-        raise ValueError(
-            f'{VARIABLE}={value!r}: expected 1 (the kernels run wherever they can), 0 (nowhere), or nothing (where '
-            f'they were measured to win).'
-        )
-    return None if value == '' else value == '1'
+def _from_environment() -> bool | str | None:
+    value = os.environ.get(VARIABLE, '').lower()
+    if value in ('1', 'true', 'yes', 'on'):
+        return True
+    if value in ('0', 'false', 'no', 'off'):
+        return False
+    return value or None
 
 
-_asked = _from_environment()
+_asked = _from_environment()  # an unknown word is an error when it is needed: an import has other things to do
 
 
 def use_kernels(enable: bool | None) -> None:
@@ -47,24 +47,38 @@ def use_kernels(enable: bool | None) -> None:
             float32. False, nowhere. None, where they were measured to win, which is nowhere so far.
 
     Raises:
-        ImportError: True, and Triton is not installed, or PyTorch is older than 2.6.
+        ValueError: None of the three.
+        ImportError: True, and Triton is not installed, does not load, or PyTorch is older than 2.7.
     """
     global _asked
-    if enable:
-        check_installed()
+    check_choice('use_kernels', enable)
     _asked = enable
 
 
-def check_installed() -> None:
-    """Raises:
-    ImportError: Triton is not installed, or PyTorch is older than 2.6.
+def check_choice(name: str, enable: bool | None) -> None:
+    """Check what somebody chose, before it counts.
+
+    Raises:
+        ValueError: It is none of True, False, None.
+        ImportError: True, and Triton is not installed, does not load, or PyTorch is older than 2.7.
     """
+    if enable is not None and not isinstance(enable, bool):
+        raise ValueError(
+            f'{name}: got {enable!r}, expected True (the kernels run wherever they can), False (nowhere) or None '
+            f'(where they were measured to win).'
+        )
+    if not enable:
+        return
+    hint = 'It comes with PyTorch for CUDA on Linux; elsewhere leave the kernels off.'
     if not IS_INSTALLED:
         found = 'without' if find_spec('triton') is None else 'with'
         raise ImportError(
-            f'The kernels need PyTorch 2.6 or newer with Triton, and this is {torch.__version__} {found} Triton. It '
-            f'comes with PyTorch for CUDA on Linux; elsewhere leave the kernels off.'
+            f'The kernels need PyTorch 2.7 or newer with Triton, and this is {torch.__version__} {found} Triton. {hint}'
         )
+    try:
+        import_module('triton.language')
+    except Exception as error:
+        raise ImportError(f'Triton is installed, but does not load: {type(error).__name__}: {error}. {hint}') from error
 
 
 def is_wanted(operation: str, device: torch.device, channels: int | None, own: bool | None = None) -> bool:
@@ -77,18 +91,28 @@ def is_wanted(operation: str, device: torch.device, channels: int | None, own: b
         own: What was asked of this one model, None for nothing.
     """
     asked = _asked if own is None else own
-    if asked is not None or not MEASURED_TO_WIN or device.type != 'cuda':
+    if isinstance(asked, str):
+        raise ValueError(
+            f'{VARIABLE}={asked!r}: expected 1 (the kernels run wherever they can), 0 (nowhere), or nothing (where '
+            f'they were measured to win).'
+        )
+    if asked is not None or not MEASURED_TO_WIN:
         return bool(asked)
+    if not isinstance(device, torch.device) or device.type != 'cuda':  # a tracer has a stand-in for a device
+        return False
     return channels in MEASURED_TO_WIN.get((operation, torch.cuda.get_device_capability(device)), ())
 
 
 def can_run(device: torch.device) -> bool:
-    """Whether Triton runs on a device: CUDA of capability 8.0 (older ones have no product in Triton that pays), or the
-    CPU where Triton interprets (TRITON_INTERPRET=1, for tests)."""
+    """Whether the kernels run on a device.
+
+    That is NVIDIA's GPUs of compute capability 8.0 or newer (on older ones Triton has no product that pays, and for
+    AMD's there are no tiles), and the CPU where Triton interprets (TRITON_INTERPRET=1, for tests).
+    """
     if not IS_INSTALLED:
         return False
     if device.type == 'cuda':
-        return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
+        return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
     return device.type == 'cpu' and IS_INTERPRETED
 
 

@@ -30,8 +30,8 @@ def atac_kernel(
 ):
     """Write `x * sigmoid(W2 relu(W1 x + b1) + b2)` for a tile of positions and all of its channels.
 
-    The hidden values of the tile stay in registers; where they do not fit (HIDDEN > HIDDEN_TILE), they are computed
-    again for every tile of output channels. The input is read again for the product, from the cache.
+    The hidden values of the tile stay in registers or shared memory; where they do not fit (HIDDEN > HIDDEN_TILE), they
+    are computed again for every tile of output channels. The input is read again for the gate, from the cache.
     """
     position = tl.program_id(0).to(tl.int64) * POSITIONS_TILE + tl.arange(0, POSITIONS_TILE)
     inside = position < positions
