@@ -33,24 +33,24 @@ class Tile(NamedTuple):
 # GPU of capability 8.0 or newer, by `benchmarks/kernel_resources.py`; which is the fastest was not measured yet
 _HALF = {
     32: Tile(128, 64, 32, 64, 4),
-    64: Tile(128, 64, 64, 128, 8),
-    128: Tile(256, 32, 128, 32, 16),
+    64: Tile(128, 64, 64, 128, 8, 3),
+    128: Tile(256, 32, 128, 32, 16, 3),
     256: Tile(128, 64, 256, 32, 16),
     512: Tile(32, 64, 512, 32, 8),
     0: Tile(64, 64, 256, 32, 8),
 }
-_HALF_OF_FLOAT32 = _HALF | {128: Tile(128, 64, 128, 64, 8), 256: Tile(64, 32, 256, 32, 8)}  # under autocast
+_HALF_OF_FLOAT32 = _HALF | {128: Tile(128, 64, 128, 64, 8, 3), 256: Tile(64, 32, 256, 32, 8)}  # under autocast
 _HALF_CONTIGUOUS = {
     32: Tile(64, 32, 32, 32, 4),
-    64: Tile(64, 64, 64, 64, 8),
-    128: Tile(64, 64, 128, 32, 8),
+    64: Tile(64, 64, 64, 64, 8, 3),
+    128: Tile(64, 64, 128, 32, 8, 3),
     256: Tile(32, 32, 256, 64, 8),
     512: Tile(16, 32, 512, 32, 8),
     0: Tile(32, 64, 256, 32, 8),
 }
 _FLOAT32 = {
     32: Tile(64, 32, 32, 32, 4),
-    64: Tile(64, 32, 64, 64, 8),
+    64: Tile(64, 32, 64, 32, 8, 3),
     128: Tile(32, 32, 128, 64, 8),
     256: Tile(32, 32, 256, 32, 8),
     512: Tile(16, 32, 512, 32, 8),

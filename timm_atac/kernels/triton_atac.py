@@ -43,6 +43,7 @@ def atac_kernel(
         )  # fmt: skip
     for first_out in tl.range(0, CHANNELS, OUT_TILE):
         out = first_out + tl.arange(0, OUT_TILE)
+        x = load_tile(x_ptr, start, inside, out, area, CHANNELS, CHANNELS_LAST)  # on its way during the product
         z = tl.zeros([POSITIONS_TILE, OUT_TILE], tl.float32)
         if HIDDEN_TILE >= HIDDEN:
             w = _weight2(weight2_ptr, 0, out, CHANNELS, HIDDEN, HIDDEN_TILE)
@@ -56,7 +57,6 @@ def atac_kernel(
                 w = _weight2(weight2_ptr, first, out, CHANNELS, HIDDEN, HIDDEN_TILE)
                 z = _product(part, w, z, PRECISION, UPCAST)
         z += tl.load(bias2_ptr + out, mask=out < CHANNELS, other=0).to(tl.float32)[None, :]
-        x = load_tile(x_ptr, start, inside, out, area, CHANNELS, CHANNELS_LAST)
         y = x.to(tl.float32) * tl.sigmoid(z)
         store_tile(y_ptr, y, start, inside, out, area, CHANNELS, CHANNELS_LAST)
 
