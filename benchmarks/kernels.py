@@ -48,8 +48,8 @@ class Setting(NamedTuple):
         dtype = str(self.dtype).removeprefix('torch.')
         return f'{device_name(self.device)}, {dtype}, {layout}, batch {self.batch}, torch {torch.__version__}'
 
-    def map(self, shape: Shape, dtype: torch.dtype | None = None) -> torch.Tensor:
-        x = torch.randn(self.batch, *shape, device=self.device, dtype=dtype or self.dtype)
+    def map(self, shape: Shape) -> torch.Tensor:
+        x = torch.randn(self.batch, *shape, device=self.device, dtype=self.dtype)
         return x.contiguous(memory_format=self.layout)
 
     def measure(self, runs: dict[str, Callable[[torch.Tensor], object]], x: torch.Tensor) -> dict[str, list[float]]:

@@ -70,33 +70,13 @@ def backward(
         statistics: What it returned.
         needed: Which, in the order of `Gradients`.
     """
-    if _by_kernel(x, z, grad_y, weight=weight):
-        return _backward_by_kernel(grad_y, x, z, norm, weight, bias, statistics, needed)
-    gate = norm.again(z, weight, bias, statistics).sigmoid_()
-    grad = _aten.sigmoid_backward.default((grad_y * x).to(gate.dtype), gate)
-    grad_x = (gate * grad_y).to(x.dtype) if needed[0] else None
-    del gate
-    return Gradients(grad_x, *norm.backward(grad, z, weight, statistics, list(needed[1:])))
+    if not _by_kernel(x, z, grad_y, weight=weight):
+        gate = norm.again(z, weight, bias, statistics).sigmoid_()
+        grad = _aten.sigmoid_backward.default((grad_y * x).to(gate.dtype), gate)
+        grad_x = (gate * grad_y).to(x.dtype) if needed[0] else None
+        del gate
+        return Gradients(grad_x, *norm.backward(grad, z, weight, statistics, list(needed[1:])))
 
-
-def _by_kernel(*maps: torch.Tensor, weight: Any) -> bool:
-    if not is_wanted('norm_gate', maps[0].device, maps[0].shape[1]) or not can_run(maps[0].device):
-        return False
-    from .kernels.norm_gate import suits
-
-    return (weight is None or weight.dtype == torch.float32) and suits(*maps)
-
-
-def _backward_by_kernel(
-    grad_y: torch.Tensor,
-    x: torch.Tensor,
-    z: torch.Tensor,
-    norm: BatchNorm,
-    weight: Any,
-    bias: Any,
-    statistics: Statistics,
-    needed: tuple[bool, bool, bool, bool],
-) -> Gradients:
     from .kernels.norm_gate import norm_gate_backward, norm_gate_sums
 
     scales = norm.scales(statistics, weight, bias)
@@ -109,3 +89,11 @@ def _backward_by_kernel(
     grad_bias, grad_weight = (None, None) if sums is None else (row.clone() for row in sums)  # of their own storages
     found = (grad_x, grad_z, grad_weight, grad_bias)
     return Gradients(*(grad if wanted else None for grad, wanted in zip(found, needed, strict=True)))
+
+
+def _by_kernel(*maps: torch.Tensor, weight: Any) -> bool:
+    if not is_wanted('norm_gate', maps[0].device, maps[0].shape[1]) or not can_run(maps[0].device):
+        return False
+    from .kernels.norm_gate import suits
+
+    return (weight is None or weight.dtype == torch.float32) and suits(*maps)

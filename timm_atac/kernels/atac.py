@@ -29,8 +29,8 @@ class Tile(NamedTuple):
     stages: int = 2
 
 
-# by hidden channels up to a number, the last for more; without spilled registers, and within the shared memory of every
-# GPU of capability 8.0 or newer, by `benchmarks/kernel_resources.py`; which is the fastest was not measured yet
+# by hidden channels up to a number, the last for more; with hardly a spilled register, and within the shared memory of
+# every GPU of capability 8.0 or newer, by `benchmarks/kernel_resources.py`; which is the fastest was not measured yet
 _HALF = {
     32: Tile(128, 64, 32, 64, 4),
     64: Tile(128, 64, 64, 128, 8, 3),

@@ -4,6 +4,7 @@ In maps of T bytes, where PyTorch's own operations move 6 T forwards (statistics
 move 4 T and 8 T.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -37,15 +38,8 @@ def _runs(*maps: torch.Tensor) -> bool:
     return forward_kernel is not None and can_run(maps[0].device) and all(t.dtype in DTYPES for t in maps)
 
 
-def _fake(
-    x: torch.Tensor,
-    z: torch.Tensor,
-    mean: torch.Tensor,
-    invstd: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-) -> torch.Tensor:
-    _check([x, z], [mean, invstd, weight, bias])
+def _fake(x: torch.Tensor, z: torch.Tensor, *rows: torch.Tensor) -> torch.Tensor:
+    _check([x, z], rows)
     return torch.empty_like(x, dtype=torch.promote_types(x.dtype, z.dtype))
 
 
@@ -78,16 +72,8 @@ def norm_gate(
     return y
 
 
-def _fake_sums(
-    grad: torch.Tensor,
-    x: torch.Tensor,
-    z: torch.Tensor,
-    mean: torch.Tensor,
-    invstd: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-) -> torch.Tensor:
-    _check([grad, x, z], [mean, invstd, weight, bias])
+def _fake_sums(grad: torch.Tensor, x: torch.Tensor, z: torch.Tensor, *rows: torch.Tensor) -> torch.Tensor:
+    _check([grad, x, z], rows)
     return x.new_empty((2, x.shape[1]), dtype=torch.float32)
 
 
@@ -125,16 +111,10 @@ def norm_gate_sums(
 
 
 def _fake_backward(
-    grad: torch.Tensor,
-    x: torch.Tensor,
-    z: torch.Tensor,
-    mean: torch.Tensor,
-    invstd: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    means: torch.Tensor,
+    grad: torch.Tensor, x: torch.Tensor, z: torch.Tensor, *rows: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    _check([grad, x, z], [mean, invstd, weight, bias, *means])
+    *rows_of_norm, means = rows
+    _check([grad, x, z], [*rows_of_norm, *means])
     return torch.empty_like(x), torch.empty_like(z)
 
 
@@ -159,8 +139,7 @@ def norm_gate_backward(
     Raises:
         ValueError: Other shapes or strides.
     """
-    _check([grad, x, z], [mean, invstd, weight, bias, *means])
-    grad_x, grad_z = torch.empty_like(x), torch.empty_like(z)
+    grad_x, grad_z = _fake_backward(grad, x, z, mean, invstd, weight, bias, means)
     if not _runs(grad, x, z):
         normed, gate = _normed_and_gate(z, mean, invstd, weight, bias)
         by_one, by_input = (_row(v) for v in means)
@@ -171,7 +150,7 @@ def norm_gate_backward(
     return grad_x, grad_z
 
 
-def _check(maps: list[torch.Tensor], rows: list[torch.Tensor]) -> None:
+def _check(maps: Sequence[torch.Tensor], rows: Sequence[torch.Tensor]) -> None:
     first = maps[0]
     known = first.ndim == 4 and all(t.shape == first.shape for t in maps)
     if not known or any(row.shape != (first.shape[1],) for row in rows):

@@ -10,7 +10,18 @@ from importlib.util import find_spec
 
 import torch
 
-__all__ = ['MEASURED_TO_WIN', 'can_run', 'check_choice', 'is_wanted', 'layout', 'use_kernels']
+__all__ = [
+    'DTYPES',
+    'IS_INSTALLED',
+    'IS_INTERPRETED',
+    'MEASURED_TO_WIN',
+    'MOST_HIDDEN',
+    'can_run',
+    'check_choice',
+    'is_wanted',
+    'layout',
+    'use_kernels',
+]
 
 VARIABLE = 'TIMM_ATAC_KERNELS'
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
