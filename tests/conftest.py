@@ -3,7 +3,7 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import pytest
@@ -82,3 +82,13 @@ def run_onnx(tmp_path) -> Callable[[nn.Module, torch.Tensor], torch.Tensor]:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def kernels_as_before(monkeypatch) -> Iterator[None]:
+    """Leaves the switch of the kernels as it was; float32 is multiplied exactly, by all."""
+    from timm_atac import use_kernels
+
+    monkeypatch.setattr(torch.backends.cudnn, 'allow_tf32', False)
+    yield
+    use_kernels(None)

@@ -1,15 +1,34 @@
-"""Maps between guards for the tests of the kernels."""
+"""What the tests of the kernels share: where they run, maps between guards, tolerances."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 
-__all__ = ['DEVICE', 'LAYOUTS', 'error', 'guarded', 'poisoned']
+from timm_atac.kernels.switch import IS_INTERPRETED, can_run
+
+__all__ = [
+    'DEVICE',
+    'ERRORS',
+    'LAYOUTS',
+    'error',
+    'exact',
+    'guarded',
+    'maps',
+    'parameters',
+    'poisoned',
+    'skip_without_kernels',
+    'spied',
+]
 
 DEVICE = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
 LAYOUTS = {'channels_last': torch.channels_last, 'contiguous': torch.contiguous_format}
+# largest errors over all values together: the result is rounded once and, where the products are of a narrow type, so
+# are the hidden values; the interpreter cuts bfloat16 off instead of rounding it
+ERRORS = {torch.float32: 5e-7, torch.float16: 4e-4, torch.bfloat16: 6e-3 if IS_INTERPRETED else 2.4e-3}
 _GUARD = 4096  # values before and after
 
 _empty_like = torch.empty_like
@@ -45,3 +64,31 @@ def error(found: torch.Tensor, expected: torch.Tensor) -> float:
     """Of all values together, over them; NaN if there is one."""
     difference = found.double().cpu() - expected.double().cpu()
     return (difference.norm() / expected.double().norm().cpu()).item() if found.numel() else 0.0
+
+
+def parameters(channels: int, hidden: int, dtype: torch.dtype) -> list[torch.Tensor]:
+    shapes = [(hidden, channels), (hidden,), (channels, hidden), (channels,)]
+    return [guarded(torch.randn(shape).mul(3 / shape[-1] ** 0.5).to(dtype)) for shape in shapes]
+
+
+def maps(count: int, channels: int, place: tuple[int, int, int], layout: str, dtype: torch.dtype) -> list[Any]:
+    batch, *size = place
+    shape = (batch, channels, *size)
+    return [guarded(torch.randn(shape).to(dtype).contiguous(memory_format=LAYOUTS[layout])) for _ in range(count)]
+
+
+def exact(function, *args: torch.Tensor) -> torch.Tensor:
+    return function(*(arg.double().cpu() for arg in args))
+
+
+def spied(module: Any, *names: str) -> Any:
+    """Counts calls of operations."""
+    spies = {name: mock.Mock(wraps=getattr(module, name)) for name in names}
+    return mock.patch.multiple(module, **spies)
+
+
+def skip_without_kernels() -> None:
+    """At the head of a module."""
+    if not can_run(DEVICE):
+        reason = 'no GPU: test_kernels_interpreted.py runs these in a process of their own'
+        pytest.skip(reason, allow_module_level=True)

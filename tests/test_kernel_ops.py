@@ -23,10 +23,7 @@ LAYOUTS = [torch.channels_last, torch.contiguous_format]
 needs_triton = pytest.mark.skipif(not switch.IS_INSTALLED, reason='needs PyTorch 2.7 or newer with Triton')
 
 
-@pytest.fixture(autouse=True)
-def _as_before():
-    yield
-    timm_atac.use_kernels(None)
+pytestmark = pytest.mark.usefixtures('kernels_as_before')
 
 
 @pytest.fixture
