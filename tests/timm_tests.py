@@ -13,7 +13,7 @@ from typing import Any
 
 import timm
 
-OUR_MODULES = ['atac_host', 'atac_resnet', 'cifar_resnet']
+OUR_MODULES = ['aa_resnet', 'atac_host', 'atac_resnet', 'cifar_resnet', 'fa_resnet', 'ge_resnet']
 _CACHE = Path(__file__).parent.parent / '.cache'
 
 

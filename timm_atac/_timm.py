@@ -97,6 +97,8 @@ def input_size(model: Any) -> tuple[int, int, int]:
         return timm.models.get_model_input_config(model)['input_size'] if cfg else (3, 224, 224)
     channels, *size = cfg.get('input_size', (3, 224, 224))
     first_conv = cfg.get('first_conv')
+    if isinstance(first_conv, (list, tuple)):
+        first_conv = first_conv[0]
     if isinstance(first_conv, str) and hasattr(model, first_conv.partition('.')[0]):
         channels = getattr(model.get_submodule(first_conv), 'in_channels', channels)
     size = next((m.img_size for m in model.modules() if getattr(m, 'img_size', None)), size)  # a patch embedding's

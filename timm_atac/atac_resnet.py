@@ -9,13 +9,13 @@ from typing import Any, cast
 
 import torch
 import torch.nn as nn
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import LayerType
 from timm.models import build_model_with_cfg, generate_default_cfgs
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from . import published
 from .placement import check_stages, create_activation, init_weights
+from .resnet_stages import StageBlock, imagenet_cfg
 
 __all__ = ['AtacBasicBlock', 'AtacBottleneck', 'AtacResNet']
 
@@ -37,14 +37,6 @@ class AtacBottleneck(Bottleneck):
         options = {name: kwargs.get(name) for name in ('norm_layer', 'device', 'dtype')}
         self.act1 = unit_layer(self.conv1.out_channels, **options)
         self.act2 = unit_layer(self.conv2.out_channels, **options)
-
-
-class _StageBlock(partial):
-    """A block with its unit bound, as `ResNet` wants the block of a stage: callable, and with an `expansion`."""
-
-    @property
-    def expansion(self) -> int:
-        return cast(Any, self.func).expansion
 
 
 _UNIT_BLOCKS: dict[type, type] = {BasicBlock: AtacBasicBlock, Bottleneck: AtacBottleneck}
@@ -85,7 +77,7 @@ class AtacResNet(published.OpenAtacWeights, ResNet):
             raise ValueError(f"block={block!r}: expected timm's BasicBlock or Bottleneck of timm.models.resnet.")
         stages = check_stages(atac_stages, num_stages=len(layers))
         unit_layer = partial(create_activation, act_layer, rd_ratio=rd_ratio)
-        unit_block = _StageBlock(_UNIT_BLOCKS[block], unit_layer=unit_layer)
+        unit_block = StageBlock(_UNIT_BLOCKS[block], unit_layer=unit_layer)
         blocks = tuple(unit_block if stage in stages else block for stage in range(1, len(layers) + 1))
         super().__init__(cast(Any, blocks), tuple(layers), **kwargs)
 
@@ -99,23 +91,7 @@ def _create_atac_resnet(variant: str, pretrained: bool = False, **kwargs) -> Ata
     return build_model_with_cfg(AtacResNet, variant, pretrained, **kwargs)
 
 
-def _cfg(url: str = '', **kwargs) -> dict[str, Any]:
-    return {
-        'url': url,
-        'num_classes': 1000,
-        'input_size': (3, 224, 224),
-        'pool_size': (7, 7),
-        'crop_pct': 0.875,
-        'interpolation': 'bilinear',
-        'mean': IMAGENET_DEFAULT_MEAN,
-        'std': IMAGENET_DEFAULT_STD,
-        'first_conv': 'conv1',
-        'classifier': 'fc',
-        'paper_ids': 'arXiv:2007.07729',
-        'paper_name': 'Attention as Activation',
-        **kwargs,
-    }
-
+_cfg = partial(imagenet_cfg, paper_ids='arXiv:2007.07729', paper_name='Attention as Activation')
 
 # `_register.py` registers the entry function named by each key.
 default_cfgs = generate_default_cfgs(
