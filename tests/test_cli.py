@@ -20,7 +20,8 @@ from timm_atac import read_params, write_params
 from timm_atac.cli import main
 from timm_atac.facts import _FACTS
 from timm_atac.published import PUBLISHED, Published
-from timm_atac.weights.convert import to_arrays
+from timm_atac.viz import compare_picture, gates_picture
+from timm_atac.weights.convert import to_arrays, to_state_dict
 from timm_atac.weights.pretrained import git_blob_id
 
 PARAMS = str(Path(__file__).parent / 'data' / 'cifar_b1_atac.params')
@@ -258,6 +259,69 @@ def test_gates(run) -> None:
         run('gates', 'absent.png', '--model', 'atac_resnet18', '--untrained'), "No such file or directory: 'absent.png'"
     )
     fails(run('gates', __file__, '--model', 'atac_resnet18', '--untrained'), 'as an image')
+
+
+def test_gates_of_one_model_are_those_of_gates_picture(run) -> None:
+    """Whether there could be several or not."""
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8))
+    image.save('image.png')
+    status, output, _ = run('gates', 'image.png', '--model', 'atac_resnet8_cifar', '--checkpoint', PARAMS)
+    assert status == 0
+    model = timm.create_model('atac_resnet8_cifar')
+    model.load_state_dict(to_state_dict(read_params(PARAMS), model))
+    gates = gates_picture(model, image, 'expected.png', title='atac_resnet8_cifar')
+    assert Path('gates.png').read_bytes() == Path('expected.png').read_bytes()
+    rows = [f'unit{"gates":>27}  mean   std']
+    for name, gate in gates.items():
+        shape = 'x'.join(str(size) for size in gate.shape[1:])
+        rows.append(f'{name:15}  {shape:>14}  {gate.mean():.3f}  {gate.std():.3f}')
+    assert output.splitlines() == [*rows, 'Wrote gates.png']
+
+
+def test_gates_of_several_models(run) -> None:
+    Image.new('RGB', (40, 60), 'red').save('red.png')
+    run('convert', PARAMS, 'net', '--model', 'atac_resnet8_cifar')
+    relu = timm.create_model('resnet8_cifar')
+    torch.save(relu.state_dict(), 'relu.pth')
+    torch.save(timm.create_model('resnet8_cifar').state_dict(), 'other.pth')
+
+    def gates(*arguments: str) -> tuple[int, str, str]:
+        return run('gates', 'red.png', '--model', *arguments)
+
+    pair = ('resnet8_cifar', 'atac_resnet8_cifar')
+    status, output, errors = gates(*pair, '--untrained', '-o', 'out.png')
+    assert status == 0, errors
+    rows = [line.split() for line in output.splitlines()]
+    assert rows[0] == ['place', 'model', 'gate', 'gates', 'mean', 'std']
+    assert [row[:4] for row in rows[1:3]] == [['stages.0.0', name, 'act2', '16x32x32'] for name in pair]
+    assert [row[:3] for row in rows[-3:-1]] == [['act', name, 'act'] for name in pair]
+    assert len(rows) == 10 and output.splitlines()[-1] == 'Wrote out.png'
+    with Image.open('out.png') as picture:
+        assert picture.width > 500
+
+    status, output, errors = gates(*pair, '--checkpoint', 'relu.pth', PARAMS)  # in that order
+    assert status == 0, errors
+    expected = compare_picture(
+        {pair[0]: relu, pair[1]: timm.create_model('local-dir:net', pretrained=True)}, Image.open('red.png'), 'e.png'
+    )
+    means = [f'{gate.mean():.3f}' for row in zip(*(c.values() for c in expected.values()), strict=True) for gate in row]
+    assert [line.split()[4] for line in output.splitlines()[1:-1]] == means
+    assert Path('gates.png').read_bytes() == Path('e.png').read_bytes()
+    assert gates('local-dir:net', 'resnet8_cifar', '--untrained')[0] == 0
+    status, output, _ = gates('resnet8_cifar', 'resnet8_cifar', '--checkpoint', 'relu.pth', 'other.pth')
+    assert status == 0 and 'resnet8_cifar relu.pth' in output and 'resnet8_cifar other.pth' in output
+
+    fails(gates(*pair, '--checkpoint', 'relu.pth'), '--checkpoint has 1 files for 2 models: expected one for each')
+    fails(gates(*pair, '--checkpoint', 'relu.pth', 'absent.pth'), 'absent.pth is not a file')
+    fails(gates('resnet8_cifar', 'resnet8_cifar', '--untrained'), '--model has resnet8_cifar twice')
+    fails(gates('resnet8_cifar', 'resnet9', '--untrained'), "timm knows no model 'resnet9'")
+    fails(gates('resnet8_cifar', 'net'), 'net is a folder: say --model local-dir:net')
+    # before there is a download, of which this test would know
+    fails(gates('resnet8_cifar', 'resnet18'), 'different images: resnet8_cifar 3x32x32, resnet18 3x224x224')
+    fails(gates('vgg11', 'resnet18'), 'no place with a gate in common: vgg11: features')
+    fails(gates(*pair), 'elsewhere: --checkpoint FILE; for random ones: --untrained')
+    with pytest.raises(SystemExit):
+        run('gates', '--model', *pair, 'red.png')  # the image is taken for a model: the usage puts it first
 
 
 def test_list(run) -> None:

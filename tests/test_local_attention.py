@@ -3,6 +3,7 @@
 import itertools
 from typing import cast
 
+import local_attention as benchmark
 import pytest
 import torch
 from measure import bytes_kept
@@ -60,6 +61,18 @@ def test_definition(shape, heads, window, tile) -> None:
     wanted = torch.autograd.grad(expected, tensors, grad)
     for one, other in zip(torch.autograd.grad(found, tensors, grad), wanted, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.filterwarnings('ignore:flex_attention called without torch.compile')
+def test_the_forms_it_is_measured_beside() -> None:
+    """benchmarks/local_attention.py: all compute the same."""
+    tensors = inputs((2, 32, 9, 11), benchmark.HEADS, benchmark.WINDOW, torch.float32)
+    expected = local_attention(*tensors, num_heads=benchmark.HEADS)
+    flex = benchmark.flex(9, 11, torch.device('cpu'), compiled=False)
+    for form in (benchmark.unfold, benchmark.unfold_recomputed):
+        torch.testing.assert_close(form(*tensors, benchmark.HEADS), expected)
+    with torch.no_grad():
+        torch.testing.assert_close(flex(*(t.detach() for t in tensors), benchmark.HEADS), expected)
 
 
 @pytest.mark.parametrize('layout', ['channels_last', 'part of another', 'transposed'])

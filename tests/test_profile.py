@@ -28,6 +28,11 @@ def test_by_hand() -> None:
     assert found.activations * 1e6 == pytest.approx(120 + 7)
 
 
+@pytest.mark.parametrize('name', ['fa_resnet50', 'test_vit'])
+def test_attention_is_counted_on_any_device(name) -> None:
+    assert profile(timm.create_model(name)) == profile(timm.create_model(name, device='meta'))
+
+
 def test_the_model_is_as_before() -> None:
     model: Any = timm.create_model('atac_resnet8_cifar')
     model.stages.eval()

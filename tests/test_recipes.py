@@ -191,6 +191,10 @@ def test_weight_decay(name: str, everything: bool) -> None:
         (IMAGENET, {'model': 'resnet50'}, 25_557_032),
         (MODERN, {'model': 'resnet50'}, 25_557_032),
         (MODERN, {'model': 'seresnet50'}, 28_088_024),
+        (MODERN, {'model': 'ge_plus_resnet50'}, 33_637_592),
+        (MODERN, {'model': 'aa_resnet50'}, 25_777_392),
+        (MODERN, {'model': 'fa_resnet50'}, 18_007_344),
+        (MODERN, {'model': 'aa_resnet50', 'model_kwargs': {'zero_init_last': True, 'img_size': 160}}, 25_773_712),
     ],
 )
 def test_imagenet_models(name: str, command_line: dict[str, Any], params: int) -> None:
@@ -233,6 +237,9 @@ AUTHORS_STD = tuple(pixel / 255 for pixel in (58.393, 57.12, 57.375))
         (IMAGENET, 'resnet50', ((3, 224, 224), 'bilinear', AUTHORS_MEAN, AUTHORS_STD, 0.875)),
         (MODERN, 'atac_resnet50', ((3, 224, 224), 'bicubic', IMAGENET_MEAN, IMAGENET_STD, 0.95)),
         (MODERN, 'seresnet50', ((3, 224, 224), 'bicubic', IMAGENET_MEAN, IMAGENET_STD, 0.95)),
+        (MODERN, 'ge_plus_resnet50', ((3, 224, 224), 'bicubic', IMAGENET_MEAN, IMAGENET_STD, 0.95)),
+        (MODERN, 'aa_resnet50', ((3, 224, 224), 'bicubic', IMAGENET_MEAN, IMAGENET_STD, 0.95)),
+        (MODERN, 'fa_resnet50', ((3, 224, 224), 'bicubic', IMAGENET_MEAN, IMAGENET_STD, 0.95)),
         ('cifar10', 'resnet8_cifar', ((3, 32, 32), 'bilinear', CIFAR_MEAN, CIFAR_STD, 1.0)),
         ('cifar100', 'resnet8_cifar.cifar100', ((3, 32, 32), 'bilinear', CIFAR_MEAN, CIFAR_STD, 1.0)),
         ('digits', 'resnet8_cifar', ((1, 16, 16), 'bilinear', (0.0,), (1.0,), 1.0)),

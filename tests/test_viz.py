@@ -1,4 +1,5 @@
 import builtins
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -7,11 +8,13 @@ import timm
 import torch
 import torch.nn as nn
 from PIL import Image
+from timm.layers import SEModule
+from timm.layers.activations import GELUTanh
 
 import timm_atac
-from timm_atac import ATAC, LocalSE, NiN, SEActivation, replace_activations
+from timm_atac import ATAC, LocalSE, NiN, SEActivation, gate, replace_activations
 from timm_atac.plot import _layer
-from timm_atac.viz import gate_maps, gates_picture, plot_gates
+from timm_atac.viz import check_comparable, compare_picture, gate_maps, gates_picture, plot_comparison, plot_gates
 
 
 class Case(NamedTuple):
@@ -244,6 +247,72 @@ def test_error_if_none_is_called() -> None:
         gate_maps(model, torch.zeros(1, 3, 8, 8))
 
 
+def test_gates_of_activations_that_write_over_their_input() -> None:
+    model = timm.create_model('resnet8_cifar').eval()
+    inputs: dict[str, torch.Tensor] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ReLU):
+            assert module.inplace
+            module.register_forward_pre_hook(lambda act, args, name=name: inputs.update({name: args[0].clone()}))
+    gates = gate_maps(model, torch.randn(B, 3, 32, 32), nn.ReLU)
+    assert list(gates) == list(inputs) and len(gates) == 7
+    assert all(torch.equal(gates[name], (inputs[name] > 0).float()) for name in gates)
+
+
+def test_gates_of_several_types(small) -> None:
+    """The units' gates are those that they have when they run, and a unit that runs for its gate is not counted."""
+    x = torch.randn(1, 1, 8, 8)
+    model = wild(timm.create_model('resnet8_cifar', in_chans=1, act_layer='atac', attn_layer='se'))
+    gates = gate_maps(model, x, (ATAC, SEModule, nn.ReLU))
+    units = gate_maps(model, x)
+    assert [name for name in gates if name in units] == list(units)
+    assert all(torch.equal(gates[name], units[name]) for name in units)
+    kinds = [type(model.get_submodule(name)) for name in gates]
+    assert [kinds.count(cls) for cls in (type(model.act), SEModule, nn.ReLU)] == [7, 3, 10]
+    assert gates['stages.1.0.attn'].shape == (1, 32, 1, 1) and gates['act.act'].shape == (1, 32, 2, 2)
+
+
+@pytest.mark.parametrize(
+    'model, kwargs, name, shape',
+    [
+        ('test_convnext', {}, 'stages.0.blocks.0.mlp.act', (96, 16, 16)),
+        ('test_vit', {'img_size': 64}, 'blocks.0.mlp.act', (192, 17)),
+    ],
+)
+def test_the_layout_of_activations(model, kwargs, name, shape) -> None:
+    gates = gate_maps(timm.create_model(model, **kwargs), torch.randn(1, 3, 64, 64), (nn.GELU, GELUTanh))
+    assert gates[name].shape == (1, *shape)
+
+
+@pytest.mark.parametrize('fails', [False, True])
+def test_the_model_is_as_before_the_gates_of_types(fails) -> None:
+    model = Twice()
+    model.fails = fails
+    before = [(dict(m._forward_hooks), dict(m._forward_pre_hooks), m.training) for m in model.modules()]
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    if fails:
+        with pytest.raises(RuntimeError, match='as it should'):
+            gate_maps(model, torch.randn(1, 3, 4, 6), ATAC)
+    else:
+        assert list(gate_maps(model, torch.randn(1, 3, 4, 6), ATAC)) == ['act', 'act#2']
+    assert [(dict(m._forward_hooks), dict(m._forward_pre_hooks), m.training) for m in model.modules()] == before
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+
+
+def test_errors_of_types(small) -> None:
+    x = torch.zeros(1, 1, 8, 8)
+    with pytest.raises(TypeError, match='Conv2d: its gate is not known'):
+        gate_maps(small, x, nn.Conv2d)
+    with pytest.raises(TypeError, match='NiN has no gate'):
+        gate_maps(small, x, (nn.ReLU, NiN))
+    with pytest.raises(ValueError, match=r'CifarResNet has no module of types=\(GELU, SEModule\)'):
+        gate_maps(small, x, (nn.GELU, SEModule))
+    with pytest.raises(ValueError, match='calls none of its 1 modules of these types'):
+        model = nn.Conv2d(1, 1, 1)
+        model.unused = nn.ReLU()  # type: ignore[assignment]
+        gate_maps(model, x, nn.ReLU)
+
+
 def draw(gates: dict[str, torch.Tensor], image: Any, path: Any, title: str | None = None) -> np.ndarray:
     plot_gates(gates, image, path, title)
     assert [p.name for p in path.parent.iterdir()] == [path.name]  # nothing left beside it
@@ -361,6 +430,139 @@ def test_picture_of_a_model_of_five_channels(tmp_path) -> None:
     model = timm.create_model('atac_resnet8_cifar', in_chans=5)
     with pytest.raises(ValueError, match=r'takes images of 5 channels: expected 1 \(grey\) or 3 \(RGB\)'):
         gates_picture(model, photo(8, 8), tmp_path / 'gates.png')
+
+
+CIFAR: dict[str, dict[str, Any]] = {
+    'ReLU': {'model_name': 'resnet8_cifar'},
+    'SE': {'model_name': 'resnet8_cifar', 'attn_layer': 'se'},
+    'LocalSENet': {'model_name': 'resnet8_cifar', 'attn_layer': 'local_se'},
+    'SEActivation': {'model_name': 'resnet8_cifar', 'act_layer': 'se_act'},
+    'ATAC': {'model_name': 'atac_resnet8_cifar'},
+}
+RESNET: dict[str, dict[str, Any]] = {  # its third stage has a Bottleneck, the others have BasicBlocks
+    'ReLU': {'model_name': 'test_resnet'},
+    'SE': {'model_name': 'test_resnet', 'block_args': {'attn_layer': 'se'}},
+    'ATAC': {'model_name': 'test_resnet', 'act_layer': 'atac'},
+}
+
+
+def compare(path: Any, table: Mapping[str, Any], *labels: str, **kwargs: Any) -> dict[str, dict[str, torch.Tensor]]:
+    models = {label: timm.create_model(**table[label]) for label in labels}
+    return compare_picture(models, photo(40, 60, 3), path / 'gates.png', **kwargs)
+
+
+STAGES = [f'stages.{stage}.0' for stage in range(3)]
+LAYERS = [f'layer{layer}.0' for layer in range(1, 5)]
+
+
+@pytest.mark.parametrize(
+    'table, own',
+    [
+        # the activation of ATAC's name; SE has another; no place but the blocks
+        (CIFAR, {'ReLU': ['act2'] * 3, 'SE': ['attn'] * 3, 'ATAC': ['act2'] * 3}),
+        # a unit at the end of the branch is in no activation's place
+        (CIFAR, {'LocalSENet': ['attn'] * 3, 'ReLU': ['act2'] * 3}),
+        (CIFAR, {'LocalSENet': ['attn'] * 3, 'ATAC': ['act2'] * 3, 'SEActivation': ['act2'] * 3}),
+        # without units: the last before the addition
+        (RESNET, {'ReLU': ['act1', 'act1', 'act2', 'act1'], 'SE': ['se'] * 4}),
+        # with units: also that after the addition, if they are there
+        (
+            RESNET,
+            {'SE': ['se'] * 4, 'ATAC': ['act2', 'act2', 'act3', 'act2'], 'ReLU': ['act2', 'act2', 'act3', 'act2']},
+        ),
+    ],
+)
+def test_which_gates_are_side_by_side(tmp_path, table, own) -> None:
+    gates = compare(tmp_path, table, *own, img_size=32)
+    places = STAGES if table is CIFAR else LAYERS
+    assert {label: list(column) for label, column in gates.items()} == {
+        label: [f'{place}.{name}' for place, name in zip(places, names, strict=True)] for label, names in own.items()
+    }
+
+
+def test_places_outside_of_blocks(tmp_path) -> None:
+    gates = compare(tmp_path, CIFAR, 'ReLU', 'ATAC')
+    assert [list(column) for column in gates.values()] == [[f'{place}.act2' for place in STAGES] + ['act']] * 2
+
+
+def test_a_comparison(tmp_path) -> None:
+    """Each model gets the image of the first, normalised for itself; the gates are its own, the picture is there."""
+    models = {label: wild(timm.create_model(**CIFAR[label])) for label in ('ReLU', 'SE', 'ATAC')}
+    models['SE'].pretrained_cfg = {**models['SE'].pretrained_cfg, 'mean': (0, 0, 0), 'std': (1, 1, 1), 'crop_pct': 0.5}
+    inputs: dict[str, torch.Tensor] = {}
+    for label, model in models.items():
+        model.register_forward_pre_hook(lambda model, args, label=label: inputs.update({label: args[0]}))
+    gates = compare_picture(models, photo(40, 60, 3), tmp_path / 'gates.png', 'a title')
+    torch.testing.assert_close(inputs['ReLU'], inputs['ATAC'])
+    mean, std = (torch.tensor(models['ReLU'].pretrained_cfg[key])[:, None, None] for key in ('mean', 'std'))
+    torch.testing.assert_close(inputs['SE'], inputs['ReLU'] * std + mean)
+    for label, cls in {'ReLU': nn.ReLU, 'SE': SEModule, 'ATAC': ATAC}.items():
+        of_its_own = gate_maps(models[label], inputs[label], cls)
+        assert all(torch.equal(values, of_its_own[name]) for name, values in gates[label].items())
+    assert gates['SE']['stages.2.0.attn'].shape == (1, 64, 1, 1)
+    with Image.open(tmp_path / 'gates.png') as picture:
+        assert picture.width <= 3 * 500 and np.asarray(picture).std() > 20
+
+
+def test_one_gate_a_channel_is_a_map_of_one_colour(tmp_path) -> None:
+    """Columns of local and of global gates: where the local ones are as the global ones, so is the colour."""
+    local = torch.full((1, 4, 8, 8), 0.2)
+    local[..., 4:] = 0.8
+    gates = {'local': {'act': local}, 'global': {'se': torch.full((1, 4, 1, 1), 0.8)}}
+    plot_comparison(gates, np.full((32, 32), 128, dtype=np.uint8), tmp_path / 'gates.png')
+    with Image.open(tmp_path / 'gates.png') as picture:
+        pixels = np.asarray(picture.convert('RGB')).astype(int)
+    top = pixels.shape[0] - 120  # inside the maps of the only row
+    left, right = pixels[top, 40], pixels[top, 170]
+    column = pixels.shape[1] // 2
+    assert np.abs(left - right).sum() > 60
+    assert np.abs(pixels[top, column + 40] - right).max() < 5 and np.abs(pixels[top, column + 170] - right).max() < 5
+
+
+@pytest.mark.parametrize('count, image', [(2, (9, 30)), (3, (30, 9)), (5, (9, 9))])
+def test_any_number_of_columns(tmp_path, count, image) -> None:
+    layers = {
+        f'a.very.long.name.of.a.layer.{i}': torch.rand(1, *s) for i, s in enumerate([(8, 3, 3), (8, 1, 1), (8, 5)])
+    }
+    gates = {f'{"a very long name of a model " * 3}{i}': layers for i in range(count)}
+    plot_comparison(gates, np.zeros(image), tmp_path / 'gates.png', 'odd $ title')
+    with Image.open(tmp_path / 'gates.png') as picture:
+        pixels = np.asarray(picture.convert('RGB'))
+        assert picture.width <= 500 * count
+    assert (pixels[:, :8] == 255).all() and (pixels[:, -3:] == 255).all()  # nothing is cut off
+
+
+def test_comparison_errors(tmp_path) -> None:
+    def fails(models: dict[str, Any], message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            check_comparable(models)
+        with pytest.raises(ValueError, match=message):
+            compare_picture(models, photo(8, 8), tmp_path / 'gates.png')
+
+    relu, grey = (timm.create_model('resnet8_cifar', in_chans=chans) for chans in (3, 1))
+    fails({}, '0 models: expected at least two')
+    fails({'ReLU': relu}, '1 models: expected at least two to compare; gates_picture draws one')
+    fails({'ReLU': relu, 'grey': grey}, 'different images: ReLU 3x32x32, grey 1x32x32')
+    resnet: Any = timm.create_model('test_resnet')
+    fails({'ReLU': relu, 'R': resnet}, 'different images: ReLU 3x32x32, R 3x160x160. .* img_size gives all one size')
+    resnet.pretrained_cfg = {**resnet.pretrained_cfg, 'input_size': (3, 32, 32)}
+    fails({'A': relu, 'B': resnet}, r'no place .* in common: A: stages.0.0, .*, act; B: conv1, .*, layer4.0')
+    plain = nn.Conv2d(3, 3, 1)
+    with pytest.raises(ValueError, match='B: none'):
+        check_comparable({'A': relu, 'B': plain}, img_size=32)
+    with pytest.raises(ValueError, match='as many layers of each model'):
+        plot_comparison({'A': {'act': torch.rand(1, 2, 2, 2)}, 'B': {}}, np.zeros((8, 8)), tmp_path / 'gates.png')
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_registered_activation_is_compared(tmp_path) -> None:
+    class Half(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x / 2
+
+    gate.register(Half, lambda module, x: torch.full_like(x, 0.5))
+    models = {label: timm.create_model('resnet8_cifar', act_layer=act) for label, act in (('a', Half), ('b', 'silu'))}
+    assert len(compare_picture(models, photo(32, 32), tmp_path / 'gates.png')['a']) == 4
 
 
 def test_by_attribute() -> None:

@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from .atac_resnet import AtacResNet as AtacResNet
     from .cifar_resnet import CifarResNet as CifarResNet
     from .fused import fuse as fuse
+    from .gates import Sine as Sine
+    from .gates import gate as gate
     from .kernels.switch import use_kernels as use_kernels
     from .layers import ATAC as ATAC
     from .layers import LocalSE as LocalSE
@@ -32,7 +34,9 @@ _HOMES = {
     'NiN': 'layers',
     'ParamsError': 'weights.params',
     'SEActivation': 'layers',
+    'Sine': 'gates',
     'fuse': 'fused',
+    'gate': 'gates',
     'read_params': 'weights.params',
     'replace_activations': 'replace',
     'use_kernels': 'kernels.switch',

@@ -48,6 +48,13 @@ and the distribution of all its gates.
 
     timm-atac gates photo.jpg --model atac_resnet50 -o gates.png
     timm-atac gates photo.jpg --model resnet18 --model-kwargs act_layer=atac --checkpoint model_best.pth.tar
+
+Or, with several models, their gates side by side, block by block: those of ATAC, of SE, or of the activations, such as
+ReLU, whichever a model has first in this order.
+
+    timm-atac gates photo.jpg --model resnet50 seresnet50 atac_resnet50 -o gates.png
+
+The image comes first.
 """
 _LIST = """\
 List the models that this package registers: parameters, multiply-adds of one image, tags, and where their weights are.
@@ -135,19 +142,29 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument(
         '--model',
         required=True,
+        nargs='+',
         metavar='NAME',
-        help=f'{_NAME}, any model of timm with ATAC units, local-dir:OUT_DIR, hf-hub:OWNER/NAME',
+        help=f'{_NAME}, any model of timm with ATAC units, local-dir:OUT_DIR, hf-hub:OWNER/NAME; several that have the '
+        f'same blocks, with ATAC or without, side by side',
     )
-    sub.add_argument('--model-kwargs', nargs='+', default=[], metavar='KEY=VALUE', help=_KWARGS)
+    sub.add_argument(
+        '--model-kwargs', nargs='+', default=[], metavar='KEY=VALUE', help=f'{_KWARGS}, and is for every model'
+    )
     weights = sub.add_mutually_exclusive_group()
     weights.add_argument(
         '--checkpoint',
         type=Path,
+        nargs='+',
+        default=[],
         metavar='FILE',
-        help="of timm's train.py, or a .params file (default: published weights)",
+        help="of timm's train.py, or a .params file, one for each model (default: published weights)",
     )
     weights.add_argument('--untrained', action='store_true', help='random weights')
     sub.add_argument('-o', '--output', type=Path, default=Path('gates.png'), metavar='PNG', help='default: gates.png')
+    sub.usage = (  # argparse puts the image last, where it would be taken for one more model
+        '%(prog)s IMAGE --model NAME [NAME ...] [--model-kwargs KEY=VALUE [KEY=VALUE ...]]\n'
+        '       [--checkpoint FILE [FILE ...] | --untrained] [-o PNG] [-h]'
+    )
 
     sub = command('list', commands.list_models, _LIST, 'the registered models')
     sub.add_argument('pattern', nargs='?', default='*', help="of names, as 'atac_resnet*' (default: all)")

@@ -135,52 +135,94 @@ def card(args: argparse.Namespace) -> None:
 def gates(args: argparse.Namespace) -> None:
     if args.output.suffix.lower() != '.png' or args.output.is_dir():
         raise CliError(f'-o {args.output}: expected the name of a PNG file.')
-    from .viz import gates_picture
+    names = _labels(args.model, args.checkpoint)
+    from .viz import compare_picture, gates_picture
 
     image = _open(args.image)
-    model = _create(args)
-    title = f'{args.model}, random weights' if args.untrained else args.model
-    gates = gates_picture(model, image, args.output, title=title)
-    width = max(map(len, gates))
-    print(f'{"unit":{width}}  {"gates":>14}  mean   std')
-    for name, gate in gates.items():
-        shape = 'x'.join(map(str, gate.shape[1:]))
-        print(f'{name:{width}}  {shape:>14}  {gate.mean():.3f}  {gate.std():.3f}')
+    models = _create(names, args)
+    note = 'random weights' if args.untrained else None
+    if len(models) > 1:
+        _print_comparison(compare_picture(models, image, args.output, title=note))
+    else:
+        ((label, model),) = models.items()
+        gates = gates_picture(model, image, args.output, title=f'{label}, {note}' if note else label)
+        width = max(map(len, gates))
+        print(f'{"unit":{width}}  {"gates":>14}  mean   std')
+        for name, gate in gates.items():
+            print(f'{name:{width}}  {_statistics(gate)}')
     print(f'Wrote {args.output}')
 
 
-def _create(args: argparse.Namespace) -> Any:
-    """The network to draw, with its weights."""
+def _labels(names: Sequence[str], checkpoints: Sequence[Path]) -> dict[str, str]:
+    """What each model is called in the picture, and its name: with its checkpoint where it is there several times."""
+    if checkpoints and len(checkpoints) != len(names):
+        raise CliError(
+            f'--checkpoint has {len(checkpoints)} files for {len(names)} models: expected one for each, in that order.'
+        )
+    labels = [
+        f'{name} {checkpoints[i]}' if checkpoints and names.count(name) > 1 else name for i, name in enumerate(names)
+    ]
+    twice = next((label for label in labels if labels.count(label) > 1), None)
+    if twice is not None:
+        raise CliError(f'--model has {twice} twice: expected different models, or --checkpoint with different files.')
+    return dict(zip(labels, names, strict=True))
+
+
+def _print_comparison(gates: dict[str, dict[str, Any]]) -> None:
+    rows = [('place', 'model', 'gate', f'{"gates":>14}  mean   std')]
+    for row in zip(*(column.items() for column in gates.values()), strict=True):
+        for label, (name, gate) in zip(gates, row, strict=True):
+            place, _, own = name.rpartition('.')
+            rows.append((place or own, label, own, _statistics(gate)))
+    _print_table(rows)
+
+
+def _statistics(gate: Any) -> str:
+    return f'{"x".join(map(str, gate.shape[1:])):>14}  {gate.mean():.3f}  {gate.std():.3f}'
+
+
+def _create(names: dict[str, str], args: argparse.Namespace) -> dict[str, Any]:
+    """The networks to draw, with their weights, by label."""
     from .open_atac import create
 
-    if Path(args.model).is_dir():
-        raise CliError(f'{args.model} is a folder: say --model local-dir:{args.model}')
-    if args.checkpoint and not args.checkpoint.is_file():
-        raise CliError(f'{args.checkpoint} is not a file.')
-    pretrained = not args.untrained and args.checkpoint is None
+    for name in names.values():
+        if Path(name).is_dir():
+            raise CliError(f'{name} is a folder: say --model local-dir:{name}')
+    for path in args.checkpoint:
+        if not path.is_file():
+            raise CliError(f'{path} is not a file.')
+    pretrained = not args.untrained and not args.checkpoint
     kwargs = _model_kwargs(args.model_kwargs)
-    if ':' not in args.model:
-        _check_model(args.model, kwargs)
+    _check_models(names, kwargs)
     try:
-        model = create(args.model, pretrained=pretrained, **kwargs)
+        models = {label: create(name, pretrained=pretrained, **kwargs) for label, name in names.items()}
     except ValueError as error:
         hint = ' For weights from elsewhere: --checkpoint FILE; for random ones: --untrained.' if pretrained else ''
         raise CliError(f'{str(error).rstrip(".")}.{hint}') from error
-    if args.checkpoint:
-        _load_checkpoint(model, args.checkpoint)
-    return model
+    for model, path in zip(models.values(), args.checkpoint, strict=False):  # no files, or as many
+        _load_checkpoint(model, path)
+    return models
 
 
-def _check_model(name: str, kwargs: dict[str, Any]) -> None:
+def _check_models(names: dict[str, str], kwargs: dict[str, Any]) -> None:
     """Whether there can be a picture, before there is a download."""
     from timm.models import is_model
 
     from .open_atac import create
-    from .viz import gated_units
+    from .viz import check_comparable, gated_units
 
-    if not is_model(name.partition('.')[0]):
-        raise CliError(f'timm knows no model {name!r}; see `timm-atac list`.')
-    if not gated_units(create(name, device='meta', **kwargs)):
+    known = {label: name for label, name in names.items() if ':' not in name}
+    for name in known.values():
+        if not is_model(name.partition('.')[0]):
+            raise CliError(f'timm knows no model {name!r}; see `timm-atac list`.')
+    if len(known) < len(names):
+        return  # what a folder or the Hub has, shows when it is loaded
+    models = {label: create(name, device='meta', **kwargs) for label, name in known.items()}
+    if len(models) > 1:
+        check_comparable(models)
+        return
+    ((name, model),) = models.items()
+    if not gated_units(model):
         raise CliError(f'{name} has no unit with a gate; timm gives its models some by --model-kwargs act_layer=atac.')
 
 
@@ -220,7 +262,11 @@ def list_models(args: argparse.Namespace) -> None:
             rows.append((*cells, tag, weights))
     if len(rows) == 1:
         raise CliError(f'no model matches {args.pattern!r}.')
-    widths = [max(len(row[i]) for row in rows) for i in range(4)]
+    _print_table(rows)
+
+
+def _print_table(rows: Sequence[Sequence[str]]) -> None:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
     for row in rows:
         print('  '.join([f'{cell:{width}}' for cell, width in zip(row, widths, strict=False)] + [row[-1]]).rstrip())
 

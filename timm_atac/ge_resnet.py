@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import torch
 import torch.nn as nn
-from timm.layers import ConvMlp, LayerType, create_act_layer, get_act_layer, get_norm_layer
+from timm.layers import ConvMlp, LayerType, create_act_layer, get_act_layer, get_norm_layer, to_2tuple
 from timm.models import build_model_with_cfg, generate_default_cfgs
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 
@@ -125,6 +125,7 @@ class GEResNet(ResNet):
         sizes = stage_sizes(img_size, len(layers), output_stride)
         blocks = tuple(StageBlock(block, attn_layer=partial(layer, feat_size=size)) for size in sizes)
         super().__init__(cast(Any, blocks), tuple(layers), output_stride=output_stride, norm_layer=norm_layer, **kwargs)
+        self.img_size = to_2tuple(img_size)
 
     @torch.jit.ignore
     def init_weights(self, zero_init_last: bool = True) -> None:

@@ -65,9 +65,10 @@ def _local_attention(
     rows, cols = (height + bottom) // tile, (width + right) // tile
     side = tile + 2 * reach
 
+    channels_last = v.stride(1) == 1
+
     # (B * heads * tiles, positions, D) for the tiles, (B * heads * tiles, D, positions) for their surroundings
-    q = _padded(q, right, bottom).reshape(batch * num_heads, 2 * half, rows, tile, cols, tile)
-    q = q.permute(0, 2, 4, 3, 5, 1).reshape(-1, tile * tile, 2 * half)
+    q = _tiles(_padded(q, right, bottom), num_heads, tile).flatten(0, 1)
     k = _surroundings(k, num_heads, tile, reach, bottom, right)
     v = _surroundings(v, num_heads, tile, reach, bottom, right)
 
@@ -76,8 +77,11 @@ def _local_attention(
     by_col = _by_place((q[..., half:] @ col_embed).view(tiles), 1, width)
     bias = (by_row.unsqueeze(-1) + by_col.unsqueeze(-2)).view(-1, tile * tile, side * side)
     attention = torch.baddbmm(bias, q, k).softmax(dim=-1).to(v.dtype)
-    y = (attention @ v.transpose(-2, -1)).view(batch * num_heads, rows, cols, tile, tile, 2 * half)
-    y = y.permute(0, 5, 1, 3, 2, 4).reshape(batch, channels, height + bottom, width + right)
+    y = (attention @ v.transpose(-2, -1)).view(batch, num_heads, rows, cols, tile, tile, 2 * half)
+    if channels_last:
+        y = y.permute(0, 2, 4, 3, 5, 1, 6).reshape(batch, height + bottom, width + right, channels).permute(0, 3, 1, 2)
+    else:
+        y = y.permute(0, 1, 6, 2, 4, 3, 5).reshape(batch, channels, height + bottom, width + right)
     return y[:, :, :height, :width]
 
 
@@ -86,12 +90,16 @@ def _padded(x: torch.Tensor, right: int, bottom: int) -> torch.Tensor:
 
 
 def _surroundings(x: torch.Tensor, num_heads: int, tile: int, reach: int, bottom: int, right: int) -> torch.Tensor:
-    """Each tile with `reach` positions around it: (B * heads * tiles, D, positions)."""
+    """Each tile with `reach` positions around it: (B * heads * tiles, D, positions), in memory as it is in `x`."""
     batch, channels = x.shape[:2]
     side = tile + 2 * reach
+    channels_last = x.stride(1) == 1
     x = F.pad(x, (reach, right + reach, reach, bottom + reach))
     x = x.view(batch, num_heads, channels // num_heads, x.shape[2], x.shape[3])
     x = x.unfold(3, side, tile).unfold(4, side, tile)  # (B, heads, D, rows, columns, side, side), a view
+    if channels_last:
+        x = x.permute(0, 1, 3, 4, 5, 6, 2).reshape(-1, side * side, channels // num_heads)
+        return x.transpose(1, 2)
     return x.permute(0, 1, 3, 4, 2, 5, 6).reshape(-1, channels // num_heads, side * side)
 
 
@@ -133,21 +141,27 @@ def tile_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, num_heads:
     Returns:
         (B, C, H, W).
     """
-    height, width = q.shape[-2:]
+    batch, channels, height, width = q.shape
     right, bottom = -width % tile, -height % tile
-    keys = _padded(torch.ones_like(q[:, :1]), right, bottom)
-    q, k, v = _padded(q, right, bottom), _padded(k, right, bottom), _padded(v, right, bottom)
-    batch, channels, padded_height, padded_width = q.shape
-    logits = _tiles(q, num_heads, tile) @ _tiles(k, num_heads, tile).transpose(-2, -1)
+    rows, cols = (height + bottom) // tile, (width + right) // tile
+    mask: torch.Tensor | None = None
     if right > 0 or bottom > 0:
-        logits = logits.masked_fill(_tiles(keys, 1, tile).transpose(-2, -1) == 0, float('-inf'))  # each tile has a key
-    y = logits.softmax(dim=-1).to(v.dtype) @ _tiles(v, num_heads, tile)
-    y = y.view(batch, padded_height // tile, padded_width // tile, num_heads, tile, tile, channels // num_heads)
-    return y.permute(0, 3, 6, 1, 4, 2, 5).reshape(v.shape)[:, :, :height, :width]
+        mask = _tiles(_padded(torch.ones_like(q[:1, :1]), right, bottom), 1, tile).transpose(-2, -1) != 0
+    q, k, v = _padded(q, right, bottom), _padded(k, right, bottom), _padded(v, right, bottom)
+    y = F.scaled_dot_product_attention(
+        _tiles(q, num_heads, tile),
+        _tiles(k, num_heads, tile),
+        _tiles(v, num_heads, tile),
+        attn_mask=mask,
+        scale=1.0,
+    )
+    y = y.view(batch, num_heads, rows, cols, tile, tile, channels // num_heads)
+    return y.permute(0, 1, 6, 2, 4, 3, 5).reshape(v.shape)[:, :, :height, :width]
 
 
 def _tiles(x: torch.Tensor, num_heads: int, tile: int) -> torch.Tensor:
-    """(B, C, H, W) -> (B * tiles, heads, positions, D)."""
+    """(B, C, H, W) -> (B * heads, tiles, positions, D)."""
     batch, channels, height, width = x.shape
-    x = x.reshape(batch, num_heads, channels // num_heads, height // tile, tile, width // tile, tile)
-    return x.permute(0, 3, 5, 1, 4, 6, 2).reshape(-1, num_heads, tile * tile, channels // num_heads)
+    x = x.view(batch, num_heads, channels // num_heads, height // tile, tile, width // tile, tile)
+    x = x.permute(0, 1, 3, 5, 4, 6, 2)
+    return x.reshape(batch * num_heads, -1, tile * tile, channels // num_heads)

@@ -3,26 +3,19 @@
 import io
 import math
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 
 from .atomic import replaced_file
+from .page import Layer, draw
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-    from matplotlib.image import AxesImage
-
-__all__ = ['plot_gates']
+__all__ = ['plot_comparison', 'plot_gates']
 
 _DPI = 120
-_PAGE, _MAP, _HISTOGRAM, _GAP, _TITLE, _TICKS = 13.3, 1.5, 1.3, 0.12, 0.22, 0.3  # sizes in inches
-_EXTENT = (0, 1, 1, 0)  # every image fills its axes, whatever its size
-_ALPHA = 0.55  # of a map over the image: the map's in hue, the image's in brightness
 
 
 def plot_gates(
@@ -53,6 +46,47 @@ def plot_gates(
     layers = [_layer(name, gate, pixels.shape[1] / pixels.shape[0]) for name, gate in gates.items()]
     if not layers:
         raise ValueError('gates={}: expected those of at least one layer, as timm_atac.viz.gate_maps returns them.')
+    _save(pixels, layers, path, title)
+
+
+def plot_comparison(
+    gates: Mapping[str, Mapping[str, torch.Tensor]],
+    image: 'Image.Image | np.ndarray',
+    path: str | os.PathLike[str],
+    title: str | None = None,
+) -> None:
+    """Draw gates of several models side by side: a column for each model, each cell as `plot_gates` has it.
+
+    One gate a channel for all positions is a map of one colour, their mean.
+
+    Args:
+        gates: For each model, by what stands above its column, gates as `gate_maps` returns them: as many of each, the
+            first of all in the first row.
+        image: As in `plot_gates`.
+        path: The picture, a PNG; at most 500 pixels in width for each model.
+        title: Head line.
+
+    Raises:
+        ValueError: There are no gates, or not as many of each model; as `plot_gates`.
+        ImportError: matplotlib is not installed.
+    """
+    counts = {label: len(column) for label, column in gates.items()}
+    if len(set(counts.values())) != 1 or 0 in counts.values():
+        raise ValueError(f'gates of {counts or "no model"}: expected as many layers of each model, at least one.')
+    pixels = _pixels(image)
+    aspect = pixels.shape[1] / pixels.shape[0]
+    rows = zip(*(column.items() for column in gates.values()), strict=True)
+    layers = [_layer(name, gate, aspect, is_flat_drawn=True) for row in rows for name, gate in row]
+    _save(pixels, layers, path, title, heads=list(gates))
+
+
+def _save(
+    pixels: np.ndarray,
+    layers: list[Layer],
+    path: str | os.PathLike[str],
+    title: str | None,
+    heads: Sequence[str] = (),
+) -> None:
     try:
         import matplotlib.style
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -62,33 +96,31 @@ def plot_gates(
     with matplotlib.style.context('default'):  # whatever the user's own; no pyplot, whose state is the user's too
         figure = Figure(dpi=_DPI)
         FigureCanvasAgg(figure)
-        _draw(figure, pixels, layers, title)
+        draw(figure, pixels, layers, title, heads)
         png = io.BytesIO()
         figure.savefig(png, format='png')
     with replaced_file(Path(path)) as file:
         file.write(png.getvalue())
 
 
-class _Layer(NamedTuple):
-    name: str
-    shape: str
-    values: np.ndarray  # of all gates, flat
-    heat: np.ndarray | None  # (H, W), mean over the channels
-    why_not: str  # there is no map
+def _layer(name: str, gate: torch.Tensor, aspect: float, is_flat_drawn: bool = False) -> Layer:
+    """What is drawn of a layer's gates (B, C, ...) over an image of `aspect` W / H.
 
-
-def _layer(name: str, gate: torch.Tensor, aspect: float) -> _Layer:
-    """What is drawn of a layer's gates (B, C, ...) over an image of `aspect` W / H."""
+    Args:
+        is_flat_drawn: Whether one gate a channel makes a map, of one colour.
+    """
     if gate.ndim < 3 or not gate.numel() or not gate.isfinite().all():
         raise ValueError(
             f'Gates of {name!r}, of shape {tuple(gate.shape)}: expected finite numbers (B, C, H, W) or (B, C, L).'
         )
     first = gate[0].float().cpu()
     positions = tuple(first.shape[1:])
-    grid, why_not = _grid(positions, aspect)
+    grid, note = _grid(positions, aspect)
     mean = first.mean(0).flatten()
+    if is_flat_drawn and len(mean) == 1:
+        grid, note = (1, 1), 'one gate a channel'
     heat = mean[len(mean) - math.prod(grid) :].reshape(grid).numpy() if grid else None
-    return _Layer(name, 'x'.join(map(str, first.shape)), first.flatten().numpy(), heat, why_not)
+    return Layer(name, 'x'.join(map(str, first.shape)), first.flatten().numpy(), heat, note)
 
 
 def _grid(positions: tuple[int, ...], aspect: float) -> tuple[tuple[int, ...], str]:
@@ -117,97 +149,3 @@ def _pixels(image: 'Image.Image | np.ndarray') -> np.ndarray:
         return pixels / 255
     low, high = min(0.0, float(pixels.min())), max(1.0, float(pixels.max()))
     return (pixels - low) / (high - low)
-
-
-class _Page:
-    """Cells in rows, each as a map with a histogram beside it, the maps of the image's shape.
-
-    Args:
-        figure: Gets its size.
-        count: Number of cells.
-        aspect: W / H of the image.
-        title: Head line.
-    """
-
-    def __init__(self, figure: 'Figure', count: int, aspect: float, title: str | None) -> None:
-        aspect = min(max(aspect, 0.4), 2.5)
-        self.width, self.height = _MAP * math.sqrt(aspect), _MAP / math.sqrt(aspect)
-        self._cell = (self.width + _HISTOGRAM + 3 * _GAP, _TITLE + self.height + _TICKS)
-        self._columns = min(int((_PAGE - _GAP) / self._cell[0]), max(2, math.ceil(math.sqrt(count))))
-        self._head = 0.4 if title else 0.1
-        rows = math.ceil(count / self._columns)
-        self._figure, self._size = figure, (self._columns * self._cell[0] + _GAP, rows * self._cell[1] + self._head)
-        figure.set_size_inches(self._size)
-        figure.text(_GAP / self._size[0], 1 - 0.12 / self._size[1], title or '', size=11, va='top', parse_math=False)
-
-    def map(self, cell: int) -> 'Axes':
-        return self._axes(cell, 0, self.width)
-
-    def beside(self, cell: int, width: float) -> 'Axes':
-        return self._axes(cell, self.width + _GAP, width)
-
-    def _axes(self, cell: int, left: float, width: float) -> 'Axes':
-        left += _GAP + cell % self._columns * self._cell[0]
-        bottom = self._size[1] - self._head - cell // self._columns * self._cell[1] - _TITLE - self.height
-        w, h = self._size
-        return self._figure.add_axes((left / w, bottom / h, width / w, self.height / h))
-
-
-def _draw(figure: 'Figure', pixels: np.ndarray, layers: list[_Layer], title: str | None) -> None:
-    """The image with the colour bar, then each layer's map with its histogram."""
-    page = _Page(figure, len(layers) + 1, pixels.shape[1] / pixels.shape[0], title)
-    _show(page.map(0), pixels, f'image  {"x".join(map(str, pixels.shape[:2]))}')
-    span = _colour_range([layer.heat for layer in layers if layer.heat is not None])
-    grey = pixels if pixels.ndim == 2 else pixels @ np.array([0.299, 0.587, 0.114])
-    chars = int(16 * (page.width + _HISTOGRAM - 0.5))  # of a title, before it meets that of the histogram
-    maps = [_map(page.map(cell), grey, layer, span, chars) for cell, layer in enumerate(layers, 1)]
-    for cell, layer in enumerate(layers, 1):
-        _histogram(page.beside(cell, _HISTOGRAM), layer)
-    shown = next((m for m in maps if m is not None), None)
-    if shown is not None:
-        bar = figure.colorbar(shown, cax=page.beside(0, 0.12))
-        bar.ax.set_facecolor('0.5')  # as between black and white of the image
-        bar.set_label('mean gate', fontsize=7)
-        bar.ax.tick_params(labelsize=7)
-
-
-def _colour_range(heats: list[np.ndarray]) -> tuple[float, float]:
-    """1st and 99th percentile over all maps, of which each counts the same, however large."""
-    if not heats:
-        return 0, 1
-    low, high = np.quantile([np.quantile(heat, np.linspace(0, 1, 101)) for heat in heats], (0.01, 0.99))
-    return (low, high) if high - low > 1e-4 else (low - 0.01, high + 0.01)  # the same everywhere
-
-
-def _map(axes: 'Axes', grey: np.ndarray, layer: _Layer, span: tuple[float, float], chars: int) -> 'AxesImage | None':
-    room = max(8, chars - len(layer.shape) - 2)
-    name = layer.name if len(layer.name) <= room else f'…{layer.name[1 - room :]}'
-    _show(axes, grey if layer.heat is not None else np.full((1, 1), 1.3), f'{name}  {layer.shape}', fade=0.3)
-    if layer.heat is None:
-        axes.text(0.5, 0.5, layer.why_not, fontsize=7, ha='center', va='center', color='0.4')
-        return None
-    options: dict[str, Any] = {'cmap': 'turbo', 'vmin': span[0], 'vmax': span[1], 'alpha': _ALPHA}
-    return axes.imshow(layer.heat, interpolation='bilinear', extent=_EXTENT, aspect='auto', **options)
-
-
-def _show(axes: 'Axes', pixels: np.ndarray, title: str, fade: float = 0) -> None:
-    axes.imshow(pixels, cmap='gray', vmin=-fade, vmax=1 + fade, extent=_EXTENT, aspect='auto')
-    axes.set_title(title, fontsize=7.5, loc='left', pad=3)
-    axes.set_xticks([])
-    axes.set_yticks([])
-
-
-def _histogram(axes: 'Axes', layer: _Layer) -> None:
-    """How often each value of a gate is; the line is the mean."""
-    span = (min(0.0, float(layer.values.min())), max(1.0, float(layer.values.max())))  # a gate_layer may leave 0..1
-    bins = min(50, max(10, math.isqrt(layer.values.size)))
-    counts, edges = np.histogram(layer.values, bins=bins, range=span)
-    axes.stairs(counts / counts.max(), edges, fill=True, color='0.55')
-    mean = float(layer.values.mean())
-    axes.axvline(mean, color='C3', linewidth=1)
-    axes.set_title(f'mean {mean:.2f}', fontsize=7, loc='right', pad=3, color='C3')
-    axes.set_xlim(span)
-    axes.set_xticks([0, 0.5, 1], ['0', '0.5', '1'])
-    axes.set_yticks([])
-    axes.tick_params(labelsize=7, length=2, pad=1)
-    axes.spines[['top', 'left', 'right']].set_visible(False)

@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn as nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from . import _timm
@@ -45,7 +46,7 @@ def profile(model: nn.Module, input_size: tuple[int, int, int] | None = None) ->
     modes = {module: module.training for module in model.modules()}
     like = next(model.parameters())
     try:
-        with FlopCounterMode(display=False) as counter:
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # it misses kernels for CPUs
             model.eval()(torch.zeros(1, *size, device=like.device, dtype=like.dtype))
     finally:
         for hook in hooks:

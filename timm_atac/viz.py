@@ -1,131 +1,35 @@
-"""What the gates of a model do on an image: taken with hooks.
+"""What the gates of models do on an image, as pictures.
 
 Paper: `Attention as Activation` - https://arxiv.org/abs/2007.07729 (Dai et al., ICPR 2020)
 """
 
 import os
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn as nn
 from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
-from torch.utils.hooks import RemovableHandle
 
 from ._timm import input_size
-from .fused import FusedATAC
-from .layers import ATAC, SEActivation
-from .plot import plot_gates
+from .gates import CHANNEL_ATTENTION, activation_types
+from .layers import LocalSE
+from .maps import Types, gate_maps, gated_modules, gated_units, maps_and_ends
+from .plot import plot_comparison, plot_gates
 
-__all__ = ['gate_maps', 'gated_units', 'gates_picture', 'plot_gates']
+__all__ = [
+    'check_comparable',
+    'compare_picture',
+    'gate_maps',
+    'gated_units',
+    'gates_picture',
+    'plot_comparison',
+    'plot_gates',
+]
 
-
-def gated_units(model: nn.Module) -> dict[str, ATAC | FusedATAC]:
-    """The units of a model that have a gate, by name: `ATAC`, `SEActivation`, `LocalSE`, and fused ones."""
-    return {
-        name: unit
-        for name, unit in model.named_modules()
-        if isinstance(unit, (ATAC, FusedATAC)) and not isinstance(unit.gate, nn.Identity)
-    }
-
-
-def gate_maps(model: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The gates of every `ATAC`, `SEActivation` and `LocalSE` in one forward pass, in the order in which they ran.
-
-    Hooks take them, as in inference; the model is the same afterwards, whether the forward pass succeeds or not.
-
-    Args:
-        model: Any model with such units, on any device and in any dtype. A unit whose `gate_layer` is None has numbers
-            of any size instead of gates, and is left out, as is one that the forward pass does not call.
-        x: Images (B, C, H, W) as the model takes them; moved to the device and dtype of its first parameter.
-
-    Returns:
-        Gates by the name of their unit ('layer3.0.act1'), float32 on the CPU, channels first whatever the unit's
-        layout: (B, C, H, W), for tokens (B, C, L), and (B, C, 1, 1) where there is one gate for all positions
-        (`SEActivation`) or are no positions. B is the unit's: larger than that of `x` where a host cuts images into
-        windows. Further calls of the same unit are 'act#2', 'act#3'.
-
-    Raises:
-        ValueError: No unit of the model has a gate, none with one is called, or `x` is not (B, C, H, W) with B >= 1.
-
-    Source:
-        `sigmoid(BN2(conv2(relu(BN1(conv1(x))))))` of the paper's section III.
-    """
-    units = gated_units(model)
-    if not units:
-        raise ValueError(
-            f'{type(model).__name__} has no unit with a gate (ATAC, SEActivation, LocalSE): expected a model such as '
-            f"atac_resnet50, one that timm made with act_layer='atac', or any after timm_atac.replace_activations."
-        )
-    if x.ndim != 4 or not len(x):
-        raise ValueError(f'x of shape {tuple(x.shape)}: expected images (B, C, H, W), at least one; x[None] for one.')
-    like = next(t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point())
-    gates: dict[str, torch.Tensor] = {}
-    with ExitStack() as stack:
-        stack.enter_context(_inference(model))
-        if hasattr(torch.compiler, 'set_stance'):  # since PyTorch 2.6: compiled code does not hear of new hooks
-            stack.enter_context(torch.compiler.set_stance('force_eager'))
-        for name, unit in units.items():
-            for handle in _watch(name, unit, gates):
-                stack.callback(handle.remove)
-        model(x.to(like.device, like.dtype))
-    if not gates:
-        raise ValueError(
-            f'The forward pass of {type(model).__name__} calls none of its {len(units)} units with a gate. Of a model '
-            f'compiled by a PyTorch before 2.6, give the one that was compiled.'
-        )
-    return gates
-
-
-def _watch(name: str, unit: ATAC | FusedATAC, gates: dict[str, torch.Tensor]) -> Iterator[RemovableHandle]:
-    """Hooks that put the unit's gates into `gates`: the gate has the values, the unit the layout of its input."""
-    latest: list[torch.Tensor] = []
-
-    def on_gate(module: nn.Module, args: Any, gate: torch.Tensor) -> None:
-        latest[:] = [gate]
-
-    def on_unit(module: nn.Module, args: Any, output: torch.Tensor) -> None:
-        if latest:  # else a subclass that does without
-            calls = sum(key.partition('#')[0] == name for key in gates)
-            gate = _channels_first(unit, latest.pop(), output.shape)
-            gates[f'{name}#{calls + 1}' if calls else name] = gate.to('cpu', torch.float32, copy=True)
-
-    yield unit.gate.register_forward_hook(on_gate)
-    yield unit.register_forward_hook(on_unit, prepend=True)  # others may change the output
-
-
-def _channels_first(unit: ATAC | FusedATAC, gate: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-    """Undo what `ChannelModule.forward` does to the positions of an input of `shape`: the gate is (B, C, N, 1)."""
-    positions = shape[2:] if unit.input_fmt in ('NCHW', 'NCL') else shape[1:-1]
-    if isinstance(unit, SEActivation) or not positions:
-        return gate
-    return gate.reshape(*gate.shape[:2], *positions)
-
-
-@contextmanager
-def _inference(model: nn.Module) -> Iterator[None]:
-    """Every module as in `eval()`, no gradients; then modes and buffers as before.
-
-    Not `inference_mode`, whose tensors would stay in the cache of a host that has one and be of no use in training.
-    """
-    modes = {module: module.training for module in model.modules()}
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    try:
-        for module in modes:
-            module.training = False
-        with torch.no_grad():
-            yield
-    finally:
-        if modes[model]:
-            model.train()  # timm's LeViT and others forget here what they have cached
-        for module, training in modes.items():
-            module.training = training
-        with torch.no_grad():
-            for buffer, value in buffers:
-                if not torch.equal(buffer, value):
-                    buffer.copy_(value)
+ImgSize = int | tuple[int, int] | None
 
 
 def gates_picture(
@@ -133,7 +37,7 @@ def gates_picture(
     image: Image.Image,
     path: str | os.PathLike[str],
     title: str | None = None,
-    img_size: int | tuple[int, int] | None = None,
+    img_size: ImgSize = None,
 ) -> dict[str, torch.Tensor]:
     """Run a model on an image, prepared as timm prepares it for validation, and draw its gates over what it saw.
 
@@ -151,6 +55,143 @@ def gates_picture(
         ValueError: As `gate_maps`; the model takes images of another number of channels.
         ImportError: matplotlib is not installed.
     """
+    config = _data_config(model, img_size)
+    x = _prepared(image, config)
+    gates = gate_maps(model, x[None])
+    plot_gates(gates, _seen(x, config), path, title)
+    return gates
+
+
+def compare_picture(
+    models: Mapping[str, nn.Module],
+    image: Image.Image,
+    path: str | os.PathLike[str],
+    title: str | None = None,
+    img_size: ImgSize = None,
+) -> dict[str, dict[str, torch.Tensor]]:
+    """Run several models on one image, and draw their gates side by side: a column each, a row for each block.
+
+    Of a model these gates are taken: of its units (ATAC, SEActivation, LocalSE) if it has any with a gate, else of its
+    SE or Gather-Excite modules if it has any, else of its activations, such as ReLU.
+
+    A row is a place that all models have: the module that a gate is in, as a block 'layer3.0', or, if it is in none,
+    the gate itself, as 'act1'. Of several gates in one place, the first model with units in an activation's place (any
+    but LocalSE) gives its last one there. The others give the one of the same name, such as 'act2'; where they have
+    none, or there is no such model, the last one there but that with which the block ends: in a residual block this is
+    the activation after the addition.
+
+    Args:
+        models: Two or more by what to call them; all take images of one size, of one channel or of three.
+        image: Any size and mode. It is cut and scaled for all as for the first, and normalised for each as for itself.
+        path: As in `plot_comparison`.
+        title: As in `plot_comparison`.
+        img_size: Height and width for the models, None for their own.
+
+    Returns:
+        For each model, in the order of the rows, gates by the name of the module that they are of, as `gate_maps`
+        returns them, B = 1.
+
+    Raises:
+        ValueError: Fewer than two models, without a common place or with different sizes or channels of images.
+        ImportError: matplotlib is not installed.
+
+    Source:
+        Section III of the paper: all of these are gates, and differ in what they look at.
+    """
+    check_comparable(models, img_size)
+    configs = {label: _data_config(model, img_size) for label, model in models.items()}
+    first = next(iter(configs.values()))
+    taken = {}
+    for label, model in models.items():
+        x = _prepared(image, {**first, 'mean': configs[label]['mean'], 'std': configs[label]['std']})
+        taken[label] = maps_and_ends(model, x[None], _compared(model))
+    chosen = _choose(models, {label: (list(gates), ends) for label, (gates, ends) in taken.items()})
+    gates = {label: {name: taken[label][0][name] for name in names} for label, names in chosen.items()}
+    plot_comparison(gates, _seen(_prepared(image, first), first), path, title)
+    return gates
+
+
+def check_comparable(models: Mapping[str, nn.Module], img_size: ImgSize = None) -> None:
+    """Whether `compare_picture` can draw these models, as far as it shows without running them: the same errors.
+
+    Args:
+        models: As in `compare_picture`, on any device; `meta` will do.
+        img_size: As in `compare_picture`.
+    """
+    if len(models) < 2:
+        raise ValueError(f'{len(models)} models: expected at least two to compare; gates_picture draws one.')
+    sizes = {label: _data_config(model, img_size)['input_size'] for label, model in models.items()}
+    if len(set(sizes.values())) > 1:
+        listed = ', '.join(f'{label} {"x".join(map(str, size))}' for label, size in sizes.items())
+        raise ValueError(
+            f'The models take different images: {listed}. Expected the same channels and size; img_size gives all '
+            f'one size, where they can take it.'
+        )
+    _common_places({label: _by_place(gated_modules(model, _compared(model))) for label, model in models.items()})
+
+
+def _compared(model: nn.Module) -> Types:
+    """The types whose gates are compared of a model, None for its units."""
+    if gated_units(model):
+        return None
+    return CHANNEL_ATTENTION if gated_modules(model, CHANNEL_ATTENTION) else activation_types()
+
+
+def _choose(
+    models: Mapping[str, nn.Module], taken: Mapping[str, tuple[list[str], frozenset[str]]]
+) -> dict[str, list[str]]:
+    """One gate of each model for each common place.
+
+    Args:
+        models: By label.
+        taken: For each the names of its gates, in the order of their calls, and which of them end their block.
+    """
+    places = {label: _by_place(names) for label, (names, _) in taken.items()}
+    common = _common_places(places)
+    leader = next((label for label, model in models.items() if _has_unit_activations(model)), None)
+    own = {place: _split(names[-1])[1] for place, names in places[leader].items()} if leader is not None else {}
+    chosen: dict[str, list[str]] = {label: [] for label in models}
+    for label, (_, ends) in taken.items():
+        for place in common:
+            names = places[label][place]
+            same = [name for name in names if _split(name)[1] == own.get(place)]
+            inside = [name for name in names if name not in ends]
+            chosen[label].append((same or inside or names)[-1])
+    return chosen
+
+
+def _has_unit_activations(model: nn.Module) -> bool:
+    return any(not isinstance(unit, LocalSE) for unit in gated_units(model).values())
+
+
+def _split(name: str) -> tuple[str, str]:
+    """The place of a gate, its own where it is in no block, and its name there, without the number of its call."""
+    place, _, own = name.partition('#')[0].rpartition('.')
+    return place or own, own
+
+
+def _by_place(names: Any) -> dict[str, list[str]]:
+    places: dict[str, list[str]] = {}
+    for name in names:
+        places.setdefault(_split(name)[0], []).append(name)
+    return places
+
+
+def _common_places(places: Mapping[str, Mapping[str, list[str]]]) -> list[str]:
+    """The places that all have, in the order of the first."""
+    first = next(iter(places.values()))
+    common = [place for place in first if all(place in others for others in places.values())]
+    if not common:
+        listed = '; '.join(f'{label}: {", ".join(own) or "none"}' for label, own in places.items())
+        raise ValueError(
+            f'The models have no place with a gate in common: {listed}. Expected models with the same blocks, such as '
+            f'resnet50, seresnet50 and atac_resnet50.'
+        )
+    return common
+
+
+def _data_config(model: nn.Module, img_size: ImgSize) -> dict[str, Any]:
+    """How timm prepares an image for the validation of a model."""
     channels, *size = input_size(model)
     if channels not in (1, 3):
         raise ValueError(
@@ -163,8 +204,16 @@ def gates_picture(
     for name in ('mean', 'std'):
         if len(config[name]) != channels:  # timm's are those of RGB
             config[name] = (sum(config[name]) / len(config[name]),) * channels
-    x = create_transform(**config, is_training=False)(image.convert('L' if channels == 1 else 'RGB'))
-    gates = gate_maps(model, x[None])
+    return config
+
+
+def _prepared(image: Image.Image, config: Mapping[str, Any]) -> torch.Tensor:
+    """An image as a model takes it, (C, H, W)."""
+    transform: Callable[[Image.Image], Any] = create_transform(**config, is_training=False)
+    return transform(image.convert('L' if config['input_size'][0] == 1 else 'RGB'))
+
+
+def _seen(x: torch.Tensor, config: Mapping[str, Any]) -> np.ndarray:
+    """What a model takes as a picture again, (H, W, C) from 0 to 1."""
     mean, std = (torch.tensor(config[name])[:, None, None] for name in ('mean', 'std'))
-    plot_gates(gates, (x * std + mean).clamp(0, 1).permute(1, 2, 0).numpy(), path, title)
-    return gates
+    return (x * std + mean).clamp(0, 1).permute(1, 2, 0).numpy()

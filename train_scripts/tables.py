@@ -148,24 +148,12 @@ def act_stages_table(group: Group) -> str:
     )
 
 
-def imagenet_table(path: Path = RESULTS / 'reported-imagenet.csv') -> str:
-    """Table 4: what the authors report, beside parameters and multiply-adds of the networks that are registered."""
-    import timm
-    import torch
+def imagenet_table(device: str = 'cpu', batch_size: int = 1, rounds: int = 5) -> str:
+    """Table 4: what `table4.table` says, in Markdown."""
+    import torch  # it takes seconds
+    from table4 import table
 
-    from timm_atac.profile import profile
-
-    head = ['Network', 'Model', 'Params (M)', 'GMACs']
-    lines = [[*head, 'Params (M), reported', 'GFlops, reported', 'top-1 err.', 'top-5 err.']]
-    with open(path, newline='', encoding='utf-8') as file:
-        for row in csv.DictReader(file):
-            ours = ['not registered', '', '']
-            if timm.is_model(row['model']):
-                with torch.device('meta'):
-                    figures = profile(timm.create_model(row['model']))
-                ours = [f'`{row["model"]}`', f'{figures.params:.2f}', f'{figures.gmacs:.2f}']
-            lines.append([row['network'], *ours, row['params'], row['gflops'], row['top1_err'], row['top5_err']])
-    note = "Table 4, ImageNet. The last four columns are from the authors' README; its GFlops mix two ways of counting"
+    note, lines = table(torch.device(device), batch_size, rounds)
     return f'{note}\n\n{markdown(lines)}'
 
 
@@ -220,6 +208,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         '--output', type=Path, metavar='DIR', help='also write tables.md and the plots, into this folder'
     )
     parser.add_argument('--imagenet', action='store_true', help='Table 4 as well, from the registry')
+    timed = parser.add_argument_group('latency in Table 4')
+    timed.add_argument('--rounds', type=int, default=5, help='forward passes of each network; 0: none (default: 5)')
+    timed.add_argument('--device', default='cpu', help='default: cpu')
+    timed.add_argument('--batch-size', type=int, default=1, help='default: 1')
     args = parser.parse_args(argv)
     if not args.csv and not args.imagenet:
         parser.error('nothing to do: give CSV files, or --imagenet')
@@ -227,7 +219,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         rows = merge([row for path in args.csv for row in read_rows(path)])
         if args.csv and not rows:
             parser.error(f'no rows in {", ".join(map(str, args.csv))}')
-        text = '\n\n'.join(filter(None, [tables(rows), imagenet_table() if args.imagenet else '']))
+        imagenet = imagenet_table(args.device, args.batch_size, args.rounds) if args.imagenet else ''
+        text = '\n\n'.join(filter(None, [tables(rows), imagenet]))
         print(text)
         if args.output:
             print('\nWrote:', *write(rows, text, args.output), sep='\n')
