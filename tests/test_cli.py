@@ -4,6 +4,7 @@ import argparse
 import io
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -307,7 +308,14 @@ def test_gates_of_several_models(run) -> None:
     means = [f'{gate.mean():.3f}' for row in zip(*(c.values() for c in expected.values()), strict=True) for gate in row]
     assert [line.split()[4] for line in output.splitlines()[1:-1]] == means
     assert Path('gates.png').read_bytes() == Path('e.png').read_bytes()
-    assert gates('local-dir:net', 'resnet8_cifar', '--untrained')[0] == 0
+    status, output, _ = gates('local-dir:net', 'resnet8_cifar', '--untrained')
+    assert status == 0 and [line.split()[1] for line in output.splitlines()[1:3]] == ['net', 'resnet8_cifar']
+    shutil.copytree('net', 'other/net')
+    status, output, _ = gates('local-dir:net', 'local-dir:other/net')
+    assert status == 0 and [line.split()[1] for line in output.splitlines()[1:3]] == [
+        'local-dir:net',
+        'local-dir:other/net',
+    ]
     status, output, _ = gates('resnet8_cifar', 'resnet8_cifar', '--checkpoint', 'relu.pth', 'other.pth')
     assert status == 0 and 'resnet8_cifar relu.pth' in output and 'resnet8_cifar other.pth' in output
 

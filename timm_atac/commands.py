@@ -154,18 +154,30 @@ def gates(args: argparse.Namespace) -> None:
 
 
 def _labels(names: Sequence[str], checkpoints: Sequence[Path]) -> dict[str, str]:
-    """What each model is called in the picture, and its name: with its checkpoint where it is there several times."""
+    """What each model is called in the picture, and its name.
+
+    Several are called without the path of a folder, unless two are the same then; with their checkpoints, where one is
+    there several times.
+    """
     if checkpoints and len(checkpoints) != len(names):
         raise CliError(
             f'--checkpoint has {len(checkpoints)} files for {len(names)} models: expected one for each, in that order.'
         )
-    labels = [
-        f'{name} {checkpoints[i]}' if checkpoints and names.count(name) > 1 else name for i, name in enumerate(names)
-    ]
+    labels = [_short(name) if len(names) > 1 else name for name in names]
+    labels = labels if len(set(labels)) == len(set(names)) else list(names)
+    if checkpoints:
+        labels = [
+            f'{label} {path}' if names.count(name) > 1 else label
+            for label, name, path in zip(labels, names, checkpoints, strict=True)
+        ]
     twice = next((label for label in labels if labels.count(label) > 1), None)
     if twice is not None:
         raise CliError(f'--model has {twice} twice: expected different models, or --checkpoint with different files.')
     return dict(zip(labels, names, strict=True))
+
+
+def _short(name: str) -> str:
+    return Path(name.removeprefix('local-dir:')).name if name.startswith('local-dir:') else name
 
 
 def _print_comparison(gates: dict[str, dict[str, Any]]) -> None:
