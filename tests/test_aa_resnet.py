@@ -6,9 +6,10 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from networks import wild
 
 import timm_atac
-from timm_atac.aa_resnet import AugmentedConv2d
+from timm_atac.aa_resnet import AAResNet, AugmentedConv2d
 
 
 def attention(layer: Any, x: torch.Tensor) -> torch.Tensor:
@@ -91,12 +92,18 @@ def test_another_image_size_is_an_error() -> None:
 def test_errors() -> None:
     with pytest.raises(ValueError, match=r'aa_layer=.*: expected None'):
         timm.create_model('aa_resnet50', aa_layer='blurpool')
+    for name in ('aa_stages', 'pooled_stages'):
+        for stages in ((5,), (0,), ('2',), 4):
+            with pytest.raises(ValueError, match=f'^{name}=.*: expected a tuple of different stage numbers'):
+                AAResNet((3, 4, 6, 3), **{name: stages})  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match='cardinality=32: expected 1'):
+        timm.create_model('aa_resnet50', cardinality=32, base_width=4)
     with pytest.raises(ValueError, match='stride=4: expected 1 or 2'):
         AugmentedConv2d(16, 160, (7, 7), stride=4)
 
 
 def test_fused() -> None:
-    model = timm.create_model('aa_resnet50', img_size=64).eval()
+    model = wild('aa_resnet50', img_size=64)
     x = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         torch.testing.assert_close(timm_atac.fuse(model)(x), model(x), rtol=1e-4, atol=1e-5)

@@ -300,7 +300,9 @@ def test_gates_of_several_models(run) -> None:
     with Image.open('out.png') as picture:
         assert picture.width > 500
 
+    repeated = gates(pair[0], '--model', pair[1], '--checkpoint', 'relu.pth', '--checkpoint', PARAMS)
     status, output, errors = gates(*pair, '--checkpoint', 'relu.pth', PARAMS)  # in that order
+    assert repeated == (status, output, errors)
     assert status == 0, errors
     expected = compare_picture(
         {pair[0]: relu, pair[1]: timm.create_model('local-dir:net', pretrained=True)}, Image.open('red.png'), 'e.png'

@@ -21,6 +21,7 @@ from timm.layers import GatherExcite as TimmGatherExcite
 
 import timm_atac
 from timm_atac import ATAC, LocalSE, NiN, SEActivation, Sine, gate, replace_activations
+from timm_atac._timm import SqueezeExcite
 from timm_atac.fused import FusedATAC
 from timm_atac.ge_resnet import GatherExcite
 from timm_atac.lean import ATACMe
@@ -33,16 +34,19 @@ ELEMENTWISE: dict[str, tuple[Callable[[], nn.Module], float, float | None, float
     'identity': (nn.Identity, 1, 1, 1),
     'relu': (nn.ReLU, 1, 0, 1),
     'relu, inplace': (lambda: nn.ReLU(inplace=True), 1, 0, 1),
+    'relu6': (nn.ReLU6, 1, 0, 0),
     'leaky_relu': (lambda: nn.LeakyReLU(0.1), 1, 0.1, 1),
     'prelu': (nn.PReLU, 1, 0.25, 1),
     'prelu of timm': (lambda: activations.PReLU(init=0.5), 1, 0.5, 1),
     'elu': (nn.ELU, 1, 0, 1),
     'elu, 0.5': (lambda: nn.ELU(0.5), 1, 0, 1),
+    'celu': (lambda: nn.CELU(2.0), 1, 0, 1),
     'selu': (lambda: nn.SELU(inplace=True), SCALE, 0, SCALE),
     'gelu': (nn.GELU, 0.5, 0, 1),
     'gelu_tanh': (lambda: nn.GELU('tanh'), 0.5, 0, 1),
     'gelu of timm': (activations.GELU, 0.5, 0, 1),
     'gelu_tanh of timm': (activations.GELUTanh, 0.5, 0, 1),
+    'quick_gelu': (activations.QuickGELU, 0.5, 0, 1),
     'silu': (lambda: nn.SiLU(inplace=True), 0.5, 0, 1),
     'swish': (lambda: activations.Swish(inplace=True), 0.5, 0, 1),
     'swish_me': (activations_me.SwishMe, 0.5, 0, 1),
@@ -78,6 +82,7 @@ LAYERED: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     'se': (lambda: SEModule(C, rd_ratio=0.5, norm_layer=nn.BatchNorm2d), (B, C, 1, 1)),
     'se, max': (lambda: SEModule(C, add_maxpool=True), (B, C, 1, 1)),
     'ese': (lambda: EffectiveSEModule(C), (B, C, 1, 1)),
+    'se of efficientnet': (lambda: SqueezeExcite(C), (B, C, 1, 1)),
     'ge': (lambda: GatherExcite(C, (4, 6), rd_ratio=0.5), (B, C, 1, 1)),
     'ge of timm': (lambda: gather_excite_of_timm(), (B, C, 1, 1)),
     'ge of timm, extent': (lambda: gather_excite_of_timm(extent=2), (B, C, 4, 6)),
@@ -323,6 +328,42 @@ def test_errors() -> None:
         gate(ATAC(C), x[:, :3])
     with pytest.raises(ValueError, match='created without `channels`'):
         gate(ATAC(), x)
+
+
+@pytest.mark.parametrize('module', [torch.relu, nn.ReLU, 'relu', None, torch.zeros(2)])
+def test_what_is_no_module(module) -> None:
+    with pytest.raises(TypeError, match=r'^module=.*: expected a module, such as nn.ReLU\(\)'):
+        gate(module, torch.zeros(2))
+
+
+@pytest.mark.parametrize('module', [nn.SiLU(), Sine(2.0), SEModule(C)])
+@pytest.mark.parametrize(
+    'x, given',
+    [
+        (torch.zeros(2, C, 1, 1, dtype=torch.int64), 'x of torch.int64'),
+        (torch.zeros(2) > 0, 'x of torch.bool'),
+        (1, 'x=1'),
+    ],
+)
+def test_inputs_of_another_type(module, x, given) -> None:
+    with pytest.raises(TypeError, match=f'^{given}: expected a tensor of a floating-point type'):
+        gate(module, x)
+
+
+def test_a_name_that_is_known_elsewhere() -> None:
+    from timm.models.senet import SEModule as LegacySEModule
+
+    with pytest.raises(TypeError, match=r'^timm.models.senet.SEModule: its gate is not known'):
+        gate(LegacySEModule(C, 2), torch.zeros(1, C, 2, 2))
+
+
+@pytest.mark.skipif(not hasattr(torch.compiler, 'set_stance'), reason='since PyTorch 2.6')
+def test_a_compiled_module() -> None:
+    module, x = unit(ATAC).eval(), torch.randn(B, C, 4, 6, dtype=torch.float64)
+    expected = gate(module, x)
+    module.compile(backend='eager')
+    module(x)
+    torch.testing.assert_close(gate(module, x), expected)
 
 
 def test_the_module_is_as_before_an_error() -> None:

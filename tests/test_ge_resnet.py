@@ -1,6 +1,5 @@
 """timm_atac/ge_resnet.py: the layer against its formula, the network against the authors' own definition of it."""
 
-import copy
 from typing import Any
 
 import pytest
@@ -8,6 +7,7 @@ import timm
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from networks import wild
 
 import timm_atac
 from timm_atac.ge_resnet import GatherExcite, MapConv2d
@@ -79,13 +79,36 @@ def test_another_image_size_is_an_error(size) -> None:
             model(torch.zeros(1, 3, *size))
 
 
+def test_rd_ratio() -> None:
+    model: Any = timm.create_model('ge_plus_resnet50', rd_ratio=0.25, device='meta')
+    assert model.layer1[0].se.mlp.fc1.out_channels == 64
+    with pytest.raises(ValueError, match=r'rd_ratio=-1: expected a number in \(0, 1\]'):
+        timm.create_model('ge_plus_resnet50', rd_ratio=-1)
+
+
 def test_norm_layer_goes_into_the_layers() -> None:
     model: Any = timm.create_model('ge_plus_resnet50', norm_layer='groupnorm', img_size=32, device='meta')
     assert not any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
 
 
 def test_fused() -> None:
-    model = timm.create_model('ge_plus_resnet50', img_size=32).eval()
+    model = wild('ge_plus_resnet50', img_size=32)
     x = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
-        torch.testing.assert_close(timm_atac.fuse(copy.deepcopy(model))(x), model(x), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(timm_atac.fuse(model)(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_a_map_of_another_size_does_not_broadcast() -> None:
+    with pytest.raises(AssertionError, match='expected a map as large as the weight'):
+        MapConv2d(6, 6, 7, groups=6)(torch.zeros(1, 6, 1, 7))
+    scripted = torch.jit.script(GatherExcite(6, (7, 7)))
+    with pytest.raises(torch.jit.Error, match='expected a map as large as the weight'):
+        scripted(torch.zeros(1, 6, 1, 1))
+
+
+def test_half_precision() -> None:
+    model = wild('ge_plus_resnet50', img_size=32)
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad(), torch.autocast('cpu', torch.bfloat16):
+        found = model(x)
+        torch.testing.assert_close(found.float(), model.float()(x).float(), rtol=0.05, atol=0.05)

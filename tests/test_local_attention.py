@@ -102,6 +102,24 @@ def test_dtypes(dtype, tolerance) -> None:
     torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize('size', [1e5, -1e5])
+def test_large_logits(dtype, size) -> None:
+    """Neither a key outside of the window nor the padding gets a share, however large its logits, or low the others."""
+    q, k = torch.full((1, 4, 9, 9), 10.0, dtype=dtype), torch.zeros(1, 4, 9, 9, dtype=dtype)
+    k[..., :3] = size / 40
+    v = torch.ones_like(k)
+    v[..., :3] = 2
+    embedding = torch.zeros(2, 3, dtype=dtype)
+    found = local_attention(q, k, v, embedding, embedding, num_heads=1)
+    expected = torch.ones_like(v)
+    if size > 0:
+        expected[..., :4] = 2  # of the columns that see one of the three
+    else:
+        expected[..., :2] = 2  # of those that see nothing else
+    torch.testing.assert_close(found, expected)
+
+
 def test_nothing_of_the_neighbourhoods_is_kept() -> None:
     tensors = inputs((2, 16, 28, 28), 2, 7, torch.float32)
     owner = torch.nn.ParameterList(tensors)

@@ -202,6 +202,8 @@ def test_imagenet_table(capsys) -> None:
     [
         (None, [], 'nothing to do: give CSV files, or --imagenet'),
         (None, ['{path}'], 'No such file'),
+        (None, ['--imagenet', '--rounds', '-1'], '--rounds -1: expected 0 or more'),
+        (None, ['--imagenet', '--device', 'gpu'], 'gpu'),
         ('a,b\n', ['{path}'], "has the columns 'a,b'"),
         (','.join(store.COLUMNS), ['{path}'], 'no rows in'),
     ],

@@ -301,6 +301,9 @@ def test_the_model_is_as_before_the_gates_of_types(fails) -> None:
 
 def test_errors_of_types(small) -> None:
     x = torch.zeros(1, 1, 8, 8)
+    for types in ([nn.ReLU], 'relu', (nn.ReLU, 'relu')):
+        with pytest.raises(TypeError, match=r'^types=.*: expected a type or a tuple of types'):
+            gate_maps(small, x, types)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match='Conv2d: its gate is not known'):
         gate_maps(small, x, nn.Conv2d)
     with pytest.raises(TypeError, match='NiN has no gate'):
@@ -544,7 +547,7 @@ def test_comparison_errors(tmp_path) -> None:
     fails({'ReLU': relu}, '1 models: expected at least two to compare; gates_picture draws one')
     fails({'ReLU': relu, 'grey': grey}, 'different images: ReLU 3x32x32, grey 1x32x32')
     resnet: Any = timm.create_model('test_resnet')
-    fails({'ReLU': relu, 'R': resnet}, 'different images: ReLU 3x32x32, R 3x160x160. .* img_size gives all one size')
+    fails({'ReLU': relu, 'R': resnet}, 'different images: ReLU 3x32x32, R 3x160x160. .*compare_picture.*img_size=')
     resnet.pretrained_cfg = {**resnet.pretrained_cfg, 'input_size': (3, 32, 32)}
     fails({'A': relu, 'B': resnet}, r'no place .* in common: A: stages.0.0, .*, act; B: conv1, .*, layer4.0')
     plain = nn.Conv2d(3, 3, 1)

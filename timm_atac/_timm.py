@@ -9,6 +9,7 @@ import timm.models
 import torch.nn as nn
 from timm.layers import create_act
 from timm.models import _registry, nfnet
+from timm.models._efficientnet_blocks import SqueezeExcite as SqueezeExcite
 from timm.models._features import feature_take_indices as feature_take_indices
 
 _ACT_LAYERS = cast(dict[str, type[nn.Module]], create_act._ACT_LAYER_DEFAULT)

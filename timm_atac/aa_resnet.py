@@ -15,6 +15,7 @@ from timm.layers.bottleneck_attn import BottleneckAttn
 from timm.models import build_model_with_cfg, generate_default_cfgs
 from timm.models.resnet import Bottleneck, ResNet
 
+from .placement import check_stages
 from .resnet_stages import SpatialBottleneck, StageBlock, check_feat_size, imagenet_cfg, stage_sizes
 
 __all__ = ['AAResNet', 'AugmentedConv2d']
@@ -109,14 +110,14 @@ class AAResNet(ResNet):
     Args:
         layers: Blocks (timm's `Bottleneck`) in each stage.
         aa_stages: Stages, from 1, whose convolutions are augmented.
-        pooled_stages: Those of them whose attention is on maps of half the height and width, for its memory.
+        pooled_stages: Stages whose attention, if they have it, is on maps of half the height and width, for its memory.
         img_size: Height and width of the images, or one number for both.
         output_stride: As in timm's `ResNet`.
         **kwargs: Arguments of timm's `ResNet`.
 
     Raises:
-        ValueError: `aa_layer`, which is a blur behind the convolutions that are replaced here. From the forward pass:
-            feature maps of another size than those of `img_size`.
+        ValueError: A stage there is not; `aa_layer`, which is a blur behind the convolutions that are replaced here.
+            From the forward pass: feature maps of another size than those of `img_size`.
 
     Source:
         AA-ResNet-50 of Table 4 of "Attention as Activation", and of Table 2 of the Attention Augmented paper: the last
@@ -137,6 +138,8 @@ class AAResNet(ResNet):
                 f'aa_layer={kwargs["aa_layer"]!r}: expected None. It blurs behind a convolution of stride 1 where '
                 f'AAResNet has attention of stride 2.'
             )
+        aa_stages = check_stages(aa_stages, len(layers), 'aa_stages')
+        pooled_stages = check_stages(pooled_stages, len(layers), 'pooled_stages')
         blocks = [
             StageBlock(
                 SpatialBottleneck,

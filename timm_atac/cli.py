@@ -143,6 +143,7 @@ def _parser() -> argparse.ArgumentParser:
         '--model',
         required=True,
         nargs='+',
+        action='extend',
         metavar='NAME',
         help=f'{_NAME}, any model of timm with ATAC units, local-dir:OUT_DIR, hf-hub:OWNER/NAME; several that have the '
         f'same blocks, with ATAC or without, side by side',
@@ -155,6 +156,7 @@ def _parser() -> argparse.ArgumentParser:
         '--checkpoint',
         type=Path,
         nargs='+',
+        action='extend',
         default=[],
         metavar='FILE',
         help="of timm's train.py, or a .params file, one for each model (default: published weights)",

@@ -235,7 +235,10 @@ def _check_models(names: dict[str, str], kwargs: dict[str, Any]) -> None:
         return
     ((name, model),) = models.items()
     if not gated_units(model):
-        raise CliError(f'{name} has no unit with a gate; timm gives its models some by --model-kwargs act_layer=atac.')
+        raise CliError(
+            f'{name} has no unit with a gate; timm gives its models some by --model-kwargs act_layer=atac. Two models '
+            f'and more are drawn side by side with whatever gates they have.'
+        )
 
 
 def _load_checkpoint(model: Any, path: Path) -> None:

@@ -9,11 +9,11 @@ from typing import Any, cast
 
 import torch
 import torch.nn as nn
+from timm.layers import use_fused_attn
 from timm.models import build_model_with_cfg, generate_default_cfgs
 from timm.models.resnet import ResNet
 
 from .local_attention import local_attention, tile_attention
-from .recompute import recomputed
 from .resnet_stages import SpatialBottleneck, StageBlock, imagenet_cfg
 
 __all__ = ['AttentionStem', 'FAResNet', 'LocalAttention2d', 'MixedConv2d']
@@ -152,7 +152,7 @@ class AttentionStem(nn.Module):
     """Multi-head self-attention within each tile of the image, (B, C, H, W) -> (B, D, H, W); no embedding of distance.
 
     `softmax(q k) v` for each head; where a key is in its tile is in the values, by `MixedConv2d`. Images of any size.
-    The backward pass keeps the image only.
+    It has no second derivatives unless timm's fused attention is off, `TIMM_FUSED_ATTN=0`.
 
     Args:
         in_channels: C, of the images.
@@ -180,6 +180,7 @@ class AttentionStem(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.tile = tile
+        self.fused_attn = use_fused_attn()
         self.qk = nn.Conv2d(in_channels, 2 * out_channels, 1, bias=False, **dd)
         self.value = MixedConv2d(in_channels, out_channels, tile, mixtures, embed_dim=out_channels // num_heads, **dd)
         self.reset_parameters()
@@ -191,14 +192,8 @@ class AttentionStem(nn.Module):
         self.value.reset_embeddings()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if torch.jit.is_scripting():
-            return self.attend(x)
-        else:  # not compiled by TorchScript
-            return recomputed(self.attend, x)
-
-    def attend(self, x: torch.Tensor) -> torch.Tensor:
         q, k = self.qk(x).chunk(2, dim=1)
-        return tile_attention(q, k, self.value(x), self.num_heads, self.tile)
+        return tile_attention(q, k, self.value(x), self.num_heads, self.tile, self.fused_attn)
 
 
 class FAResNet(ResNet):
@@ -220,7 +215,7 @@ class FAResNet(ResNet):
     """
 
     def __init__(self, layers: Sequence[int], in_chans: int = 3, attention_stem: bool = True, **kwargs: Any) -> None:
-        stem = {name: kwargs[name] for name in ('stem_type', 'replace_stem_pool') if kwargs.get(name)}
+        stem = {name: kwargs[name] for name in ('aa_layer', 'stem_type', 'replace_stem_pool') if kwargs.get(name)}
         if attention_stem and stem:
             raise ValueError(f'{stem} together with attention_stem=True: drop one of the two.')
         block = StageBlock(SpatialBottleneck, spatial_layer=LocalAttention2d)

@@ -18,6 +18,7 @@ Both kinds of modules are such a product; they differ in what a gate looks at:
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import singledispatch
 from typing import Any
 
@@ -27,6 +28,7 @@ import torch.nn.functional as F
 from timm.layers import EffectiveSEModule, SEModule, activations, activations_me
 from timm.layers import GatherExcite as TimmGatherExcite
 
+from ._timm import SqueezeExcite
 from .complete import ChannelModule
 from .fused import FusedATAC
 from .ge_resnet import GatherExcite
@@ -77,22 +79,25 @@ def gate(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
         (B, 1, 1, C). Of timm's Gather-Excite, either.
 
     Raises:
-        TypeError: The module has no gate, or one that is not known.
+        TypeError: The module has no gate, or one that is not known; it is no module; x is not of a floating-point type.
         ValueError: Of a unit, an input of another width.
 
     Source:
         Section III of the paper. The limits at 0 are ours.
     """
-    raise no_gate(type(module))
+    if not isinstance(module, nn.Module):
+        raise TypeError(f'module={module!r}: expected a module, such as nn.ReLU() or a layer of a model.')
+    raise unknown_gate(type(module))
 
 
-def no_gate(cls: type) -> TypeError:
+def unknown_gate(cls: type) -> TypeError:
     """The error that a type has no gate, with what has one."""
     if issubclass(cls, NiN):
         return TypeError(f'{cls.__name__} has no gate: its output is not a product with its input.')
     known = sorted({known.__name__ for known in gate.registry if known is not object})
+    name = f'{cls.__module__}.{cls.__name__}' if cls.__name__ in known else cls.__name__
     return TypeError(
-        f'{cls.__name__}: its gate is not known; expected one of {", ".join(known)}. Add another by '
+        f'{name}: its gate is not known; expected one of {", ".join(known)}. Add another by '
         f'@timm_atac.gate.register({cls.__name__}) over a function (module, x) -> G.'
     )
 
@@ -108,7 +113,7 @@ def activation_types() -> tuple[type[nn.Module], ...]:
     return tuple(cls for cls in gate.registry if cls not in others)
 
 
-# Elementwise: each form is correct, and has a gradient, at 0 and at infinity
+# Elementwise: each form is the limit, and has a gradient, at 0 and at infinity
 
 
 def _sides(x: torch.Tensor, slope: float | torch.Tensor) -> torch.Tensor:
@@ -142,13 +147,16 @@ _SELU = (1.6732632423543772848170429916717, 1.0507009873554804934193349852946)  
 _FORMS: dict[tuple[type[nn.Module], ...], Callable[[Any, torch.Tensor], torch.Tensor]] = {
     (nn.Identity,): lambda act, x: _sides(x, 1.0),
     (nn.ReLU,): lambda act, x: _sides(x, 0.0),
+    (nn.ReLU6,): lambda act, x: _sides(x, 0.0) * (6 / x.clamp(min=6)),
     (nn.LeakyReLU,): lambda act, x: _sides(x, act.negative_slope),
     (nn.PReLU,): lambda act, x: _sides(x, _per_channel(act.weight, x)),
     (nn.ELU,): lambda act, x: _elu(x, act.alpha),
+    (nn.CELU,): lambda act, x: _elu(x / act.alpha, 1.0),
     (nn.SELU,): lambda act, x: _elu(x, *_SELU),
     (nn.GELU,): lambda act, x: (_normal if act.approximate == 'none' else _normal_by_tanh)(x),
     (activations.GELU,): lambda act, x: _normal(x),
     (activations.GELUTanh,): lambda act, x: _normal_by_tanh(x),
+    (activations.QuickGELU,): lambda act, x: torch.sigmoid(1.702 * x),
     (nn.SiLU, activations.Swish, activations_me.SwishMe): lambda act, x: torch.sigmoid(x),
     (nn.Mish, activations.Mish, activations_me.MishMe): lambda act, x: torch.tanh(F.softplus(x)),
     (nn.Hardswish, activations.HardSwish, activations_me.HardSwishMe): lambda act, x: F.hardsigmoid(x),
@@ -156,10 +164,17 @@ _FORMS: dict[tuple[type[nn.Module], ...], Callable[[Any, torch.Tensor], torch.Te
 }
 
 
+def _check(x: Any) -> None:
+    if not isinstance(x, torch.Tensor) or not x.is_floating_point():
+        given = f'x of {x.dtype}' if isinstance(x, torch.Tensor) else f'x={x!r}'
+        raise TypeError(f'{given}: expected a tensor of a floating-point type, such as x.float().')
+
+
 def _rounded_once(form: Callable[[Any, torch.Tensor], torch.Tensor]) -> Callable[[Any, torch.Tensor], torch.Tensor]:
     """A form that computes in float32 what it gets in half of that."""
 
     def of(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        _check(x)
         wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
         return form(module, wide).to(x.dtype)
 
@@ -171,19 +186,28 @@ for _types, _form in _FORMS.items():
         gate.register(_type, _rounded_once(_form))
 
 
+def hooks_are_heard() -> AbstractContextManager:
+    """Compiled code does not hear of new hooks; since PyTorch 2.6 it can be told not to run."""
+    if hasattr(torch.compiler, 'set_stance') and not torch.compiler.is_compiling():
+        return torch.compiler.set_stance('force_eager')
+    return nullcontext()
+
+
 # Modules that have a layer `gate`, whose output they multiply by their input
 
 UNITS = (ATAC, FusedATAC)  # and their subclasses SEActivation, LocalSE, ATACMe
-CHANNEL_ATTENTION = (SEModule, EffectiveSEModule, GatherExcite, TimmGatherExcite)
+CHANNEL_ATTENTION = (SEModule, EffectiveSEModule, SqueezeExcite, GatherExcite, TimmGatherExcite)
 
 
 def _from_its_layer(module: Any, x: torch.Tensor) -> torch.Tensor:
     """The module runs, with copies of its buffers, and its layer `gate` is listened to."""
+    _check(x)
     heard: list[torch.Tensor] = []
     handle = module.gate.register_forward_hook(lambda layer, args, output: heard.append(output))
     buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
     try:
-        torch.func.functional_call(module, buffers, (x,))
+        with hooks_are_heard():
+            torch.func.functional_call(module, buffers, (x,))
     finally:
         handle.remove()
     if not heard:

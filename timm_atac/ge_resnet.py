@@ -14,6 +14,7 @@ from timm.layers import ConvMlp, LayerType, create_act_layer, get_act_layer, get
 from timm.models import build_model_with_cfg, generate_default_cfgs
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 
+from .layers import get_rd_channels
 from .resnet_stages import StageBlock, check_feat_size, imagenet_cfg, stage_sizes
 
 __all__ = ['GEResNet', 'GatherExcite', 'MapConv2d']
@@ -26,6 +27,7 @@ class MapConv2d(nn.Conv2d):
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        torch._assert(x.shape[2:] == self.weight.shape[2:], 'expected a map as large as the weight')  # or it broadcasts
         y = (x * self.weight[:, 0]).sum((2, 3), keepdim=True)
         bias = self.bias
         return y if bias is None else y + bias.view(-1, 1, 1)
@@ -35,7 +37,8 @@ class GatherExcite(nn.Module):
     """GE-theta+: `x * sigmoid(W2 relu(W1 relu(BN(gather(x)))))`, (B, C, H, W) -> (B, C, H, W).
 
     `gather` is a depthwise convolution over the whole map, so there is one gate a channel, and the layer is for maps of
-    one size. W1: 1x1 convolution C -> C * rd_ratio, W2: back to C, both with bias.
+    one size. W1: 1x1 convolution C -> C * rd_ratio, W2: back to C, both with bias. In training a batch of one has a
+    single value a channel left to normalise, which BatchNorm refuses.
 
     timm's `GatherExcite(extra_params=True, extent=0)` is meant to be this; it hands device and dtype to its
     convolutions as the positional arguments behind theirs, and cannot be created (timm 1.0.31). It also lacks the ReLU
@@ -50,7 +53,7 @@ class GatherExcite(nn.Module):
         gate_layer: Squashes the bottleneck's output to the gate.
 
     Raises:
-        ValueError: An input of another size.
+        ValueError: `rd_ratio` is not in (0, 1]; an input of another size.
 
     Source:
         `models/RN50-GEPP.prototxt` of the authors' repository (hujie-frank/GENet, commit ae791f8).
@@ -76,7 +79,7 @@ class GatherExcite(nn.Module):
             norm(channels, **dd),
             act(inplace=True),
         )
-        self.mlp = ConvMlp(channels, max(1, round(channels * rd_ratio)), act_layer=act, **dd)
+        self.mlp = ConvMlp(channels, get_rd_channels(channels, rd_ratio), act_layer=act, **dd)
         self.gate = create_act_layer(gate_layer)
         self.reset_parameters()
 

@@ -29,7 +29,8 @@ def local_attention(
     """Multi-head attention of each position to the window around it: `softmax(q (k + r)) v`, without scale.
 
     Positions outside the map are no keys. The embedding r of a key is that of its relative row for the first half of a
-    head's channels, and of its relative column for the second.
+    head's channels, and of its relative column for the second. In float16 logits have to be less than 1.6e4. A NaN
+    spreads to all positions of a tile around it.
 
     Args:
         q: Queries (B, C, H, W).
@@ -85,8 +86,13 @@ def _local_attention(
     return y[:, :, :height, :width]
 
 
+def _is_ragged(right: int, bottom: int) -> bool:
+    """Whether there is something to pad; a trace is for images of other sizes too."""
+    return torch.jit.is_tracing() or right > 0 or bottom > 0
+
+
 def _padded(x: torch.Tensor, right: int, bottom: int) -> torch.Tensor:
-    return F.pad(x, (0, right, 0, bottom)) if right > 0 or bottom > 0 else x
+    return F.pad(x, (0, right, 0, bottom)) if _is_ragged(right, bottom) else x
 
 
 def _surroundings(x: torch.Tensor, num_heads: int, tile: int, reach: int, bottom: int, right: int) -> torch.Tensor:
@@ -103,16 +109,15 @@ def _surroundings(x: torch.Tensor, num_heads: int, tile: int, reach: int, bottom
     return x.permute(0, 1, 3, 4, 2, 5, 6).reshape(-1, channels // num_heads, side * side)
 
 
-def _by_place(logits: torch.Tensor, axis: int, length: int, no_key: float = -1.6e4) -> torch.Tensor:
+def _by_place(logits: torch.Tensor, axis: int, length: int) -> torch.Tensor:
     """Logits by relative place, (..., window), as logits by place in a tile's surroundings, (..., tile + window - 1).
 
-    Where there is no key they are so low that a key there gets no share, whatever its other logits.
+    Where there is no key they are so low that a key there gets no share.
 
     Args:
         logits: (B * heads, rows of tiles, columns of tiles, tile, tile, window).
         axis: 0 for places in rows, 1 for places in columns.
         length: Of the map along that axis.
-        no_key: Not -inf, since the positions that pad a tile may have no key at all; float16 has room for two of them.
     """
     tiles, tile, window = logits.shape[1 + axis], logits.shape[-2], logits.shape[-1]
     position = torch.arange(tile, device=logits.device).unsqueeze(1)
@@ -125,10 +130,14 @@ def _by_place(logits: torch.Tensor, axis: int, length: int, no_key: float = -1.6
     else:
         inside = inside.unsqueeze(1)
     logits = logits.gather(-1, apart.clamp(0, window - 1).expand(logits.shape[:-1] + key.shape))
+    # not -inf: the positions that pad a tile may have no key at all. There is room for two, and logits as large
+    no_key = -1.6e4 if logits.dtype == torch.float16 else -8e37
     return logits.masked_fill(~inside, no_key)
 
 
-def tile_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, num_heads: int, tile: int) -> torch.Tensor:
+def tile_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, num_heads: int, tile: int, fused: bool = True
+) -> torch.Tensor:
     """Multi-head attention within each tile of a map: `softmax(q k) v`, without scale.
 
     Args:
@@ -137,26 +146,37 @@ def tile_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, num_heads:
         v: Values (B, C, H, W).
         num_heads: Heads, each with C / num_heads channels in a row.
         tile: Height and width of a tile. The last ones are smaller where it does not divide the map.
+        fused: By `scaled_dot_product_attention`, whose kernels have no second derivatives.
 
     Returns:
         (B, C, H, W).
     """
+    if torch.jit.is_scripting():
+        return _tile_attention(q, k, v, num_heads, tile, fused)
+    else:  # not compiled by TorchScript
+        return recomputed(_tile_attention, q, k, v, num_heads, tile, fused)
+
+
+def _tile_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, num_heads: int, tile: int, fused: bool
+) -> torch.Tensor:
     batch, channels, height, width = q.shape
     right, bottom = -width % tile, -height % tile
     rows, cols = (height + bottom) // tile, (width + right) // tile
     mask: torch.Tensor | None = None
-    if right > 0 or bottom > 0:
+    if _is_ragged(right, bottom):
         mask = _tiles(_padded(torch.ones_like(q[:1, :1]), right, bottom), 1, tile).transpose(-2, -1) != 0
     q, k, v = _padded(q, right, bottom), _padded(k, right, bottom), _padded(v, right, bottom)
-    y = F.scaled_dot_product_attention(
-        _tiles(q, num_heads, tile),
-        _tiles(k, num_heads, tile),
-        _tiles(v, num_heads, tile),
-        attn_mask=mask,
-        scale=1.0,
-    )
+    shape = v.shape
+    q, k, v = _tiles(q, num_heads, tile), _tiles(k, num_heads, tile), _tiles(v, num_heads, tile)
+    if fused:
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0)
+    else:
+        logits = q @ k.transpose(-2, -1)
+        logits = logits if mask is None else logits.masked_fill(~mask, float('-inf'))  # each tile has a key
+        y = logits.softmax(dim=-1).to(v.dtype) @ v
     y = y.view(batch, num_heads, rows, cols, tile, tile, channels // num_heads)
-    return y.permute(0, 1, 6, 2, 4, 3, 5).reshape(v.shape)[:, :, :height, :width]
+    return y.permute(0, 1, 6, 2, 4, 3, 5).reshape(shape)[:, :, :height, :width]
 
 
 def _tiles(x: torch.Tensor, num_heads: int, tile: int) -> torch.Tensor:

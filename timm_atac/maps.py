@@ -9,7 +9,7 @@ import torch.nn as nn
 from torch.utils.hooks import RemovableHandle
 
 from .fused import FusedATAC
-from .gates import UNITS, channels_first, has_gate, in_layout, no_gate
+from .gates import UNITS, channels_first, has_gate, hooks_are_heard, in_layout, unknown_gate
 from .gates import gate as gate_of
 from .layers import ATAC
 from .width import width_at
@@ -24,7 +24,7 @@ def gated_units(model: nn.Module) -> dict[str, ATAC | FusedATAC]:
     return {
         name: unit
         for name, unit in model.named_modules()
-        if isinstance(unit, (ATAC, FusedATAC)) and not isinstance(unit.gate, nn.Identity)
+        if isinstance(unit, UNITS) and not isinstance(unit.gate, nn.Identity)
     }
 
 
@@ -71,14 +71,14 @@ def maps_and_ends(
 
     In a residual block such an activation comes after the addition.
     """
+    _check_types(types)
     modules = gated_modules(model, types)
     _check(model, x, types, modules)
     like = next((t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()), x)
     taken = _Taken()
     with ExitStack() as stack:
         stack.enter_context(_inference(model))
-        if hasattr(torch.compiler, 'set_stance'):  # since PyTorch 2.6: compiled code does not hear of new hooks
-            stack.enter_context(torch.compiler.set_stance('force_eager'))
+        stack.enter_context(hooks_are_heard())
         for name, module in modules.items():
             handles = taken.watch_unit(name, module) if types is None else taken.watch(name, module, model)
             for handle in handles:
@@ -93,10 +93,15 @@ def maps_and_ends(
     return taken.gates, frozenset(taken.ends)
 
 
-def _check(model: nn.Module, x: torch.Tensor, types: Types, modules: dict[str, Any]) -> None:
+def _check_types(types: Types) -> None:
     for cls in types if isinstance(types, tuple) else (types,):
+        if cls is not None and not isinstance(cls, type):
+            raise TypeError(f'types={types!r}: expected a type or a tuple of types, such as (nn.ReLU, nn.GELU).')
         if cls is not None and not has_gate(cls):
-            raise no_gate(cls)
+            raise unknown_gate(cls)
+
+
+def _check(model: nn.Module, x: torch.Tensor, types: Types, modules: dict[str, Any]) -> None:
     if not modules and types is None:
         raise ValueError(
             f'{type(model).__name__} has no unit with a gate (ATAC, SEActivation, LocalSE): expected a model such as '

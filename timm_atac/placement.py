@@ -74,12 +74,13 @@ def create_activation(
     )
 
 
-def check_stages(atac_stages: Sequence[int], num_stages: int) -> tuple[int, ...]:
-    """Check the stages that get the unit.
+def check_stages(stages: Sequence[int], num_stages: int, name: str = 'atac_stages') -> tuple[int, ...]:
+    """Check the stages that get the unit, or whatever they get.
 
     Args:
-        atac_stages: Stage numbers from 1, in any order; `()` is none.
+        stages: Stage numbers from 1, in any order; `()` is none.
         num_stages: The highest number there is.
+        name: Of the argument that they are from.
 
     Returns:
         The stages, sorted.
@@ -88,13 +89,13 @@ def check_stages(atac_stages: Sequence[int], num_stages: int) -> tuple[int, ...]
         ValueError: Not a sequence of different integers in 1..num_stages.
     """
     allowed = range(1, num_stages + 1)
-    stages = tuple(atac_stages) if isinstance(atac_stages, (list, tuple, set, frozenset, range)) else None
-    if stages is None or not all(type(s) is int and s in allowed for s in stages) or len(set(stages)) < len(stages):
+    found = tuple(stages) if isinstance(stages, (list, tuple, set, frozenset, range)) else None
+    if found is None or not all(type(s) is int and s in allowed for s in found) or len(set(found)) < len(found):
         raise ValueError(
-            f'atac_stages={atac_stages!r}: expected a tuple of different stage numbers from '
+            f'{name}={stages!r}: expected a tuple of different stage numbers from '
             f'{tuple(allowed)}, such as ({num_stages - 1}, {num_stages}), or () for none.'
         )
-    return tuple(sorted(stages))
+    return tuple(sorted(found))
 
 
 def init_weights(model: nn.Module, zero_init_last: bool) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from numbers import Integral
 from typing import Any, cast
 
 import torch
@@ -26,11 +27,18 @@ class SpatialBottleneck(Bottleneck):
 
     Args:
         spatial_layer: Called with the convolution's input and output channels, `stride`, `dilation`, device and dtype.
+
+    Raises:
+        ValueError: The convolution has groups.
     """
 
     def __init__(self, *args: Any, spatial_layer: Callable[..., nn.Module], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         conv = self.conv2
+        if conv.groups != 1:
+            raise ValueError(
+                f'cardinality={conv.groups}: expected 1; what replaces the 3x3 convolutions has no groups.'
+            )
         self.conv2 = spatial_layer(  # type: ignore[assignment]
             conv.in_channels,
             conv.out_channels,
@@ -53,9 +61,9 @@ def stage_sizes(img_size: int | tuple[int, int], num_stages: int, output_stride:
         ValueError: `img_size` is not a size of at least 1.
     """
     size = to_2tuple(img_size)
-    if len(size) != 2 or not all(isinstance(side, int) and side >= 1 for side in size):
+    if len(size) != 2 or not all(isinstance(side, Integral) and int(side) >= 1 for side in size):
         raise ValueError(f'img_size={img_size!r}: expected height and width of the images, or one number for both.')
-    height, width = (_halved(_halved(side)) for side in size)
+    height, width = (_halved(_halved(int(side))) for side in size)
     sizes = [(height, width)]
     for stage in range(1, num_stages):
         if 4 * 2**stage <= output_stride:
@@ -79,8 +87,8 @@ def check_feat_size(layer: nn.Module, x: torch.Tensor, feat_size: tuple[int, int
     if tuple(x.shape[-2:]) != feat_size:
         raise ValueError(
             f'{type(layer).__name__} is for feature maps of {feat_size[0]} x {feat_size[1]} and got one of shape '
-            f'{tuple(x.shape)}: {reason}. Resize the images to the size that the network was created for, or create '
-            f"it for theirs: timm.create_model('...', img_size=(height, width))."
+            f'{tuple(x.shape)}: {reason}. Resize the images to the `img_size` of the network, or create it for '
+            f"theirs: timm.create_model('...', img_size=(height, width))."
         )
 
 

@@ -124,8 +124,8 @@ def check_comparable(models: Mapping[str, nn.Module], img_size: ImgSize = None) 
     if len(set(sizes.values())) > 1:
         listed = ', '.join(f'{label} {"x".join(map(str, size))}' for label, size in sizes.items())
         raise ValueError(
-            f'The models take different images: {listed}. Expected the same channels and size; img_size gives all '
-            f'one size, where they can take it.'
+            f'The models take different images: {listed}. Expected the same channels and size, which '
+            f'`compare_picture(..., img_size=)` gives to those that can take it.'
         )
     _common_places({label: _by_place(gated_modules(model, _compared(model))) for label, model in models.items()})
 

@@ -20,8 +20,8 @@ class Activation(NamedTuple):
     placed: bool = True  # whether `act_stages` says where it goes
 
 
-# The five of Tables 2 and 3, then those of the figure on activation units, and SENet, which Table 4 has on ImageNet.
-# Any other activation of timm goes by its own name.
+# The five of Tables 2 and 3, then those of the figure on activation units, then SENet. Any other activation of timm
+# goes by its own name.
 TABLES = {
     'relu': Activation('ReLU', dict(act_layer='relu'), placed=False),
     'se_act': Activation('SEActivation', dict(act_layer='se_act')),

@@ -213,6 +213,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     timed.add_argument('--device', default='cpu', help='default: cpu')
     timed.add_argument('--batch-size', type=int, default=1, help='default: 1')
     args = parser.parse_args(argv)
+    if args.rounds < 0:
+        parser.error(f'--rounds {args.rounds}: expected 0 or more')
     if not args.csv and not args.imagenet:
         parser.error('nothing to do: give CSV files, or --imagenet')
     try:
@@ -226,7 +228,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print('\nWrote:', *write(rows, text, args.output), sep='\n')
     except ImportError as error:
         parser.error(f"{error}; it comes with `pip install 'timm_atac[viz]'`")
-    except (OSError, StoreError) as error:
+    except (OSError, RuntimeError, StoreError) as error:  # RuntimeError: a device there is not
         parser.error(str(error))
     return 0
 

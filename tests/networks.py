@@ -1,0 +1,18 @@
+"""Networks of timm whose every part has something to do."""
+
+from typing import Any
+
+import timm
+import torch.nn as nn
+
+
+def wild(name: str, **kwargs: Any) -> Any:
+    """A network in `eval()` whose residual branches do not end with zeros, and whose norms are not the identity."""
+    model: Any = timm.create_model(name, zero_init_last=False, **kwargs).eval()
+    for norm in model.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            nn.init.uniform_(norm.weight, 0.3, 0.7)
+            nn.init.normal_(norm.bias, std=0.1)
+            nn.init.normal_(norm.running_mean, std=0.1)  # type: ignore[arg-type]
+            nn.init.uniform_(norm.running_var, 0.5, 1.5)  # type: ignore[arg-type]
+    return model
