@@ -4,14 +4,8 @@ import re
 from importlib import import_module
 
 MIN_TIMM = '1.0.21'  # pyproject.toml says the same; a test compares
-MODULES = (
-    'atac_resnet',
-    'cifar_resnet',
-    'atac_host',
-    'ge_resnet',
-    'aa_resnet',
-    'fa_resnet',
-)  # of the networks; timm lists models by these names
+# of the networks; timm lists models by these names
+MODULES = ('atac_resnet', 'cifar_resnet', 'atac_host', 'ge_resnet', 'aa_resnet', 'fa_resnet')
 GATED = 1.8462285453386054  # 1 / sqrt(E[sigmoid(z)^2]), z standard normal: the gain of x * sigmoid(BN(...))
 
 

@@ -45,9 +45,9 @@ class AugmentedConv2d(nn.Module):
         ValueError: `stride` is neither 1 nor 2; an input whose output would be of another size than `feat_size`.
 
     Source:
-        Sections 3.2 and 3.3 of the paper: heads are mixed by a 1x1 convolution; maps are shrunk by 3x3 average pools of
-        stride 2 and grown by bilinear interpolation. For convolutions of stride 2 it is silent: read here as
-        attention on the map that such a pool makes of the input.
+        The paper's attention augmented convolution: heads are mixed by a 1x1 convolution; maps are shrunk by 3x3
+        average pools of stride 2 and grown by bilinear interpolation. What it does beside a convolution of stride 2 is
+        ours: attention on the map that such a pool makes of the input.
     """
 
     def __init__(
@@ -120,8 +120,8 @@ class AAResNet(ResNet):
             From the forward pass: feature maps of another size than those of `img_size`.
 
     Source:
-        AA-ResNet-50 of Table 4 of "Attention as Activation", and of Table 2 of the Attention Augmented paper: the last
-        three stages, kappa = 2 upsilon = 0.2, 8 heads of at least 20 key channels.
+        AA-ResNet-50 of Table 4 of "Attention as Activation", from the Attention Augmented paper: the last three stages,
+        kappa = 2 upsilon = 0.2, 8 heads of at least 20 key channels.
     """
 
     def __init__(

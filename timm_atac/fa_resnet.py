@@ -55,9 +55,9 @@ class LocalAttention2d(nn.Module):
             none of those.
 
     Source:
-        Section 3 of the paper. It has no scale in the softmax; queries start so small that logits are of order one.
-        Embeddings are shared by the heads, as in Attention Augmented ResNets. What lies outside the map is no key; the
-        paper does not say.
+        The paper's local attention. It has no scale in the softmax; queries start so small that logits are of order
+        one. Ours: embeddings are shared by the heads, as in Attention Augmented ResNets, and what lies outside the map
+        is no key.
     """
 
     def __init__(
@@ -117,7 +117,7 @@ class MixedConv2d(nn.Conv2d):
         embed_dim: Channels of the embeddings of rows, columns and mixtures.
 
     Source:
-        Section 3.2 of the paper, the values of its attention stem.
+        The paper's spatially-varying values of the stem.
     """
 
     def __init__(
@@ -162,8 +162,8 @@ class AttentionStem(nn.Module):
         mixtures: Weights of the values that are mixed.
 
     Source:
-        Section 3.2 of the paper; tiles of 4 x 4 and the max pool of 4 x 4 behind its norm from section 4.1. The numbers
-        of heads (8, as elsewhere in the network), of mixtures and of the embeddings' channels (of a head) are ours.
+        The paper's attention stem, in tiles of 4 x 4, before a norm and a max pool of 4 x 4. The numbers of heads (8,
+        as elsewhere in the network), of mixtures and of the embeddings' channels (of a head) are ours.
     """
 
     def __init__(
@@ -202,7 +202,7 @@ class FAResNet(ResNet):
     Args:
         layers: Blocks (timm's `Bottleneck`) in each stage.
         in_chans: Channels of the images.
-        attention_stem: `AttentionStem` and a 4x4 max pool for a stem, else timm's.
+        attention_stem: `AttentionStem` and a 4x4 max pool, which replaces timm's stem.
         **kwargs: Arguments of timm's `ResNet`.
 
     Raises:
@@ -210,8 +210,8 @@ class FAResNet(ResNet):
             timm's stem together with the attention stem.
 
     Source:
-        FA-ResNet-50 of Table 4 of "Attention as Activation", "Full Attention" in Table 1 of the Stand-Alone paper:
-        windows of 7 x 7, 8 heads, a 2x2 average pool behind an attention of stride 2.
+        FA-ResNet-50 of Table 4 of "Attention as Activation", from the Stand-Alone paper: windows of 7 x 7, 8 heads, a
+        2x2 average pool behind an attention of stride 2.
     """
 
     def __init__(self, layers: Sequence[int], in_chans: int = 3, attention_stem: bool = True, **kwargs: Any) -> None:

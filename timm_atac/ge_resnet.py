@@ -111,7 +111,7 @@ class GEResNet(ResNet):
         ValueError: From the forward pass: feature maps of another size than those of `img_size`.
 
     Source:
-        GE-theta+ ResNet-50 of Table 4 of "Attention as Activation", and of Table 3 of the Gather-Excite paper.
+        GE-theta+ ResNet-50 of Table 4 of "Attention as Activation", from the Gather-Excite paper.
     """
 
     def __init__(
