@@ -7,6 +7,8 @@ from torch.nn.modules import module as torch_module
 
 __all__ = ['is_recorded', 'is_watched']
 
+_GLOBAL_HOOKS = tuple(f'_global_{name}_hooks' for name in ('forward', 'forward_pre', 'backward', 'backward_pre'))
+
 
 def is_recorded(x: torch.Tensor) -> bool:
     """Whether somebody wants each operation, other than autograd: a compiler, a tracer, a transform, a subclass."""
@@ -16,7 +18,7 @@ def is_recorded(x: torch.Tensor) -> bool:
         or torch.jit.is_tracing()
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
-        or torch_module._has_any_global_hook()
+        or any(getattr(torch_module, name) for name in _GLOBAL_HOOKS)
     )
 
 
