@@ -1,9 +1,11 @@
-"""Networks of timm whose every part has something to do."""
+"""Networks whose every part has something to do."""
 
 from typing import Any
 
 import timm
 import torch.nn as nn
+
+from timm_atac import ATAC
 
 
 def wild(name: str, **kwargs: Any) -> Any:
@@ -15,4 +17,13 @@ def wild(name: str, **kwargs: Any) -> Any:
             nn.init.normal_(norm.bias, std=0.1)
             nn.init.normal_(norm.running_mean, std=0.1)  # type: ignore[arg-type]
             nn.init.uniform_(norm.running_var, 0.5, 1.5)  # type: ignore[arg-type]
+    return model
+
+
+def wild_units(model: nn.Module) -> Any:
+    """The last norm of a new unit leaves its gates around 0.5: give them all values."""
+    units: list[Any] = [unit for unit in model.modules() if isinstance(unit, ATAC)]
+    for unit in units:
+        nn.init.normal_(unit.bn2.weight, 2, 1)
+        nn.init.normal_(unit.bn2.bias)
     return model

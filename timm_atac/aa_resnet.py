@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from timm.layers import make_divisible, to_2tuple
 from timm.layers.bottleneck_attn import BottleneckAttn
 from timm.models import build_model_with_cfg, generate_default_cfgs
-from timm.models.resnet import Bottleneck, ResNet
+from timm.models.resnet import Bottleneck
 
 from .placement import check_stages
-from .resnet_stages import SpatialBottleneck, StageBlock, check_feat_size, imagenet_cfg, stage_sizes
+from .resnet_stages import LayeredResNet, SpatialBottleneck, StageBlock, check_feat_size, imagenet_cfg, stage_sizes
 
 __all__ = ['AAResNet', 'AugmentedConv2d']
 
@@ -104,7 +104,7 @@ class AugmentedConv2d(nn.Module):
         return torch.cat([y, attended], dim=1)
 
 
-class AAResNet(ResNet):
+class AAResNet(LayeredResNet):
     """timm's ResNet with `AugmentedConv2d` for the 3x3 convolutions of chosen stages, for images of one size.
 
     Args:
@@ -123,6 +123,8 @@ class AAResNet(ResNet):
         AA-ResNet-50 of Table 4 of "Attention as Activation", from the Attention Augmented paper: the last three stages,
         kappa = 2 upsilon = 0.2, 8 heads of at least 20 key channels.
     """
+
+    own_layers = (AugmentedConv2d,)
 
     def __init__(
         self,
@@ -151,13 +153,6 @@ class AAResNet(ResNet):
         ]
         super().__init__(cast(Any, tuple(blocks)), tuple(layers), output_stride=output_stride, **kwargs)
         self.img_size = to_2tuple(img_size)
-
-    @torch.jit.ignore
-    def init_weights(self, zero_init_last: bool = True) -> None:
-        super().init_weights(zero_init_last)
-        for module in self.modules():
-            if isinstance(module, AugmentedConv2d):
-                module.reset_parameters()
 
 
 # `_register.py` registers the entry function named by each key.

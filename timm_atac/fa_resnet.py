@@ -11,10 +11,9 @@ import torch
 import torch.nn as nn
 from timm.layers import use_fused_attn
 from timm.models import build_model_with_cfg, generate_default_cfgs
-from timm.models.resnet import ResNet
 
 from .local_attention import local_attention, tile_attention
-from .resnet_stages import SpatialBottleneck, StageBlock, imagenet_cfg
+from .resnet_stages import LayeredResNet, SpatialBottleneck, StageBlock, imagenet_cfg
 
 __all__ = ['AttentionStem', 'FAResNet', 'LocalAttention2d', 'MixedConv2d']
 
@@ -196,7 +195,7 @@ class AttentionStem(nn.Module):
         return tile_attention(q, k, self.value(x), self.num_heads, self.tile, self.fused_attn)
 
 
-class FAResNet(ResNet):
+class FAResNet(LayeredResNet):
     """timm's ResNet with `LocalAttention2d` for every 3x3 convolution, for images of any size.
 
     Args:
@@ -214,6 +213,8 @@ class FAResNet(ResNet):
         2x2 average pool behind an attention of stride 2.
     """
 
+    own_layers = (AttentionStem, LocalAttention2d)
+
     def __init__(self, layers: Sequence[int], in_chans: int = 3, attention_stem: bool = True, **kwargs: Any) -> None:
         stem = {name: kwargs[name] for name in ('aa_layer', 'stem_type', 'replace_stem_pool') if kwargs.get(name)}
         if attention_stem and stem:
@@ -226,13 +227,6 @@ class FAResNet(ResNet):
             self.conv1 = AttentionStem(in_chans, channels, **dd)  # type: ignore[assignment]
             self.maxpool = nn.MaxPool2d(4, 4, ceil_mode=True)  # type: ignore[assignment]
             self.feature_info[0]['reduction'] = 1
-
-    @torch.jit.ignore
-    def init_weights(self, zero_init_last: bool = True) -> None:
-        super().init_weights(zero_init_last)
-        for module in self.modules():
-            if isinstance(module, (AttentionStem, LocalAttention2d)):
-                module.reset_parameters()
 
 
 # `_register.py` registers the entry function named by each key.

@@ -12,10 +12,10 @@ import torch
 import torch.nn as nn
 from timm.layers import ConvMlp, LayerType, create_act_layer, get_act_layer, get_norm_layer, to_2tuple
 from timm.models import build_model_with_cfg, generate_default_cfgs
-from timm.models.resnet import BasicBlock, Bottleneck, ResNet
+from timm.models.resnet import BasicBlock, Bottleneck
 
 from .layers import get_rd_channels
-from .resnet_stages import StageBlock, check_feat_size, imagenet_cfg, stage_sizes
+from .resnet_stages import LayeredResNet, StageBlock, check_feat_size, imagenet_cfg, stage_sizes
 
 __all__ = ['GEResNet', 'GatherExcite', 'MapConv2d']
 
@@ -96,7 +96,7 @@ class GatherExcite(nn.Module):
         return x * self.gate(self.mlp(self.gather(x)))
 
 
-class GEResNet(ResNet):
+class GEResNet(LayeredResNet):
     """timm's ResNet with `GatherExcite` at the end of every residual branch, for images of one size.
 
     Args:
@@ -114,6 +114,8 @@ class GEResNet(ResNet):
         GE-theta+ ResNet-50 of Table 4 of "Attention as Activation", from the Gather-Excite paper.
     """
 
+    own_layers = (GatherExcite,)
+
     def __init__(
         self,
         block: type[BasicBlock | Bottleneck],
@@ -129,13 +131,6 @@ class GEResNet(ResNet):
         blocks = tuple(StageBlock(block, attn_layer=partial(layer, feat_size=size)) for size in sizes)
         super().__init__(cast(Any, blocks), tuple(layers), output_stride=output_stride, norm_layer=norm_layer, **kwargs)
         self.img_size = to_2tuple(img_size)
-
-    @torch.jit.ignore
-    def init_weights(self, zero_init_last: bool = True) -> None:
-        super().init_weights(zero_init_last)
-        for module in self.modules():
-            if isinstance(module, GatherExcite):
-                module.reset_parameters()
 
 
 # `_register.py` registers the entry function named by each key.

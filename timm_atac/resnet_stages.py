@@ -9,9 +9,9 @@ import torch
 import torch.nn as nn
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import to_2tuple
-from timm.models.resnet import Bottleneck
+from timm.models.resnet import Bottleneck, ResNet
 
-__all__ = ['SpatialBottleneck', 'StageBlock', 'check_feat_size', 'imagenet_cfg', 'stage_sizes']
+__all__ = ['LayeredResNet', 'SpatialBottleneck', 'StageBlock', 'check_feat_size', 'imagenet_cfg', 'stage_sizes']
 
 
 class StageBlock(partial):
@@ -20,6 +20,19 @@ class StageBlock(partial):
     @property
     def expansion(self) -> int:
         return cast(Any, self.func).expansion
+
+
+class LayeredResNet(ResNet):
+    """timm's ResNet with layers that initialise themselves, by `reset_parameters`, after timm has initialised all."""
+
+    own_layers: tuple[type, ...] = ()
+
+    @torch.jit.ignore
+    def init_weights(self, zero_init_last: bool = True) -> None:
+        super().init_weights(zero_init_last)
+        for module in self.modules():
+            if isinstance(module, self.own_layers):
+                cast(Any, module).reset_parameters()
 
 
 class SpatialBottleneck(Bottleneck):
