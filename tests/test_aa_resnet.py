@@ -85,7 +85,10 @@ def test_another_image_size_is_an_error() -> None:
     model = timm.create_model('aa_resnet50', img_size=96).eval()
     with torch.no_grad():
         assert model(torch.zeros(1, 3, 96, 96)).shape == (1, 1000)
-        with pytest.raises(ValueError, match=r'AugmentedConv2d is for feature maps of 12 x 12 and got .*img_size='):
+        with pytest.raises(
+            ValueError,
+            match=r'AugmentedConv2d is for feature maps of 12 x 12 \(of images of 96 x 96\) and got .*img_size=',
+        ):
             model(torch.zeros(1, 3, 224, 96))
 
 

@@ -75,7 +75,10 @@ def test_another_image_size_is_an_error(size) -> None:
     model = timm.create_model('ge_plus_resnet50', img_size=96).eval()
     with torch.no_grad():
         assert model(torch.zeros(1, 3, 96, 96)).shape == (1, 1000)
-        with pytest.raises(ValueError, match=r'GatherExcite is for feature maps of 24 x 24 and got .*img_size='):
+        with pytest.raises(
+            ValueError,
+            match=r'GatherExcite is for feature maps of 24 x 24 \(of images of 96 x 96\) and got .*img_size=',
+        ):
             model(torch.zeros(1, 3, *size))
 
 

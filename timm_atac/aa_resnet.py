@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from timm.layers import make_divisible, to_2tuple
+from timm.layers import make_divisible
 from timm.layers.bottleneck_attn import BottleneckAttn
 from timm.models import build_model_with_cfg, generate_default_cfgs
 from timm.models.resnet import Bottleneck
@@ -152,7 +152,7 @@ class AAResNet(LayeredResNet):
             for stage, size in enumerate(stage_sizes(img_size, len(layers), output_stride), 1)
         ]
         super().__init__(cast(Any, tuple(blocks)), tuple(layers), output_stride=output_stride, **kwargs)
-        self.img_size = to_2tuple(img_size)
+        self.set_img_size(img_size)
 
 
 # `_register.py` registers the entry function named by each key.

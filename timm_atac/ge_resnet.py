@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import torch
 import torch.nn as nn
-from timm.layers import ConvMlp, LayerType, create_act_layer, get_act_layer, get_norm_layer, to_2tuple
+from timm.layers import ConvMlp, LayerType, create_act_layer, get_act_layer, get_norm_layer
 from timm.models import build_model_with_cfg, generate_default_cfgs
 from timm.models.resnet import BasicBlock, Bottleneck
 
@@ -130,7 +130,7 @@ class GEResNet(LayeredResNet):
         sizes = stage_sizes(img_size, len(layers), output_stride)
         blocks = tuple(StageBlock(block, attn_layer=partial(layer, feat_size=size)) for size in sizes)
         super().__init__(cast(Any, blocks), tuple(layers), output_stride=output_stride, norm_layer=norm_layer, **kwargs)
-        self.img_size = to_2tuple(img_size)
+        self.set_img_size(img_size)
 
 
 # `_register.py` registers the entry function named by each key.

@@ -27,6 +27,12 @@ class LayeredResNet(ResNet):
 
     own_layers: tuple[type, ...] = ()
 
+    def set_img_size(self, img_size: int | tuple[int, int]) -> None:
+        """Note the only size of images that network and layers are for, so that they can say it."""
+        for module in self.modules():
+            if module is self or isinstance(module, self.own_layers):
+                cast(Any, module).img_size = to_2tuple(img_size)
+
     @torch.jit.ignore
     def init_weights(self, zero_init_last: bool = True) -> None:
         super().init_weights(zero_init_last)
@@ -98,10 +104,12 @@ def check_feat_size(layer: nn.Module, x: torch.Tensor, feat_size: tuple[int, int
     if torch.jit.is_tracing() or isinstance(x, torch.fx.Proxy):
         return
     if tuple(x.shape[-2:]) != feat_size:
+        img_size = getattr(layer, 'img_size', None)
+        images = f' (of images of {img_size[0]} x {img_size[1]})' if img_size else ''
         raise ValueError(
-            f'{type(layer).__name__} is for feature maps of {feat_size[0]} x {feat_size[1]} and got one of shape '
-            f'{tuple(x.shape)}: {reason}. Resize the images to the `img_size` of the network, or create it for '
-            f"theirs: timm.create_model('...', img_size=(height, width))."
+            f'{type(layer).__name__} is for feature maps of {feat_size[0]} x {feat_size[1]}{images} and got one of '
+            f'shape {tuple(x.shape)}: {reason}. Resize the images, or create the network for theirs: '
+            f"timm.create_model('...', img_size=(height, width))."
         )
 
 
