@@ -21,9 +21,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent / 'train_scripts'))
 
 import torch
 import training
-from grid import AUTHORS, Run, activation
+from grid import RECIPES, Run, activation
 from image_data import CIFAR_MEAN, CIFAR_STD, ImageData, Split
-from store import device_name
+from provenance import device_name
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
@@ -80,8 +80,8 @@ def main() -> None:
     parser.add_argument('--channels-last', action='store_true')
     parser.add_argument('--compile', action='store_true')
     args = parser.parse_args()
-    if args.images < AUTHORS.batch_size:
-        parser.error(f'argument --images: {args.images} is less than a batch of {AUTHORS.batch_size}')
+    if args.images < RECIPES['authors'].batch_size:
+        parser.error(f'argument --images: {args.images} is less than a batch of {RECIPES["authors"].batch_size}')
 
     device = torch.device(args.device)
     data = random_images(args.images, device)
@@ -89,7 +89,7 @@ def main() -> None:
     precision = 'float16' if args.amp else 'float32'
     loader = DataLoader(
         PilImages(data.train),
-        AUTHORS.batch_size,
+        RECIPES['authors'].batch_size,
         shuffle=True,
         drop_last=True,
         num_workers=args.workers,
@@ -98,7 +98,7 @@ def main() -> None:
     )
     subjects: dict[tuple[str, str], tuple[training.Trainer, torch.nn.Module, DataLoader | None]] = {}
     for name in ('relu', 'atac'):
-        run = Run('cifar10', name, args.blocks, 4, 0, **AUTHORS._asdict(), precision=precision)
+        run = Run('cifar10', name, args.blocks, 4, 0, **RECIPES['authors']._asdict(), precision=precision)
         trainer = training.Trainer(run, data, machine)
         network = trainer.wrapped()
         subjects[name, 'device'] = (trainer, network, None)
@@ -109,7 +109,7 @@ def main() -> None:
             found[key].append(epoch_seconds(*subject))
 
     print(
-        f'{args.images} images, b = {args.blocks}, batch {AUTHORS.batch_size}, {precision}, '
+        f'{args.images} images, b = {args.blocks}, batch {RECIPES["authors"].batch_size}, {precision}, '
         f'{device_name(device)}, {args.workers} workers; medians of {args.rounds} epochs (range)\n'
     )
     base = statistics.median(found['relu', 'device'][1:])

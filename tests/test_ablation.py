@@ -1,6 +1,8 @@
 """train_scripts/ablation.py and options.py"""
 
+import csv
 import itertools
+import shutil
 import signal
 import subprocess
 import sys
@@ -84,10 +86,47 @@ def test_settings_of_the_recipe_and_of_the_command() -> None:
             dataset='cifar10', activation='relu', blocks=1, act_stages=4, seed=0, epochs=400, batch_size=128, lr=0.2
         ),
         **dict(weight_decay=1e-4, size=32, augment=True, sched='multistep', precision='float32', processes=2),
+        'held_out': 0,
     }
     given = ['--epochs', '3', '--batch-size', '64', '--lr', '0.5', '--weight-decay', '0', '--no-aug', '--amp']
     (changed,) = options.runs(parser.parse_args(['--datasets', 'cifar10', '--acts', 'relu', '--seeds', '1', *given]), 1)
-    assert changed[5:] == (3, 64, 0.5, 0.0, 32, False, 'multistep', 'float16', 1)
+    assert changed[5:] == (3, 64, 0.5, 0.0, 32, False, 'multistep', 'float16', 1, 0)
+    short = parser.parse_args(['--datasets', 'cifar10-jpeg', '--recipe', 'short', '--hold-out', '500', '--seeds', '1'])
+    run = options.runs(short, 1)[0]
+    assert (run.recipe, run.held_out, run.sched) == ('short', 500, 'cosine')
+    assert run.name == 'cifar10-jpeg_relu_b1_seed0_recipe-short_held_out-500'
+
+
+def test_seeds_come_one_after_the_other() -> None:
+    """Where not all runs are done, all activations have the same number of seeds."""
+    found = runs('--acts', 'relu', 'atac', '--seeds', '2', '--blocks', '1', '2')
+    assert found == [('digits', name, b, 4, seed) for b in (1, 2) for seed in (0, 1) for name in ('relu', 'atac')]
+
+
+@pytest.mark.parametrize(
+    'device, arguments, channels_last, updates, compiled',
+    [
+        ('cpu', [], True, 999, False),
+        ('cpu', [], True, 1000, True),
+        ('cpu', ['--no-channels-last', '--no-compile'], False, 1000, False),
+        ('cpu', ['--compile'], True, 1, True),
+        ('cuda', [], False, 10**6, False),
+        ('cuda', ['--channels-last', '--compile'], True, 1, True),
+    ],
+)
+def test_defaults_of_a_device(device, arguments, channels_last, updates, compiled, monkeypatch) -> None:
+    monkeypatch.setattr(shutil, 'which', lambda name: f'/usr/bin/{name}')
+    args = options.create_parser('').parse_args(arguments)
+    args.device = device
+    machine = ablation.set_up(args)
+    assert (machine.channels_last, machine.compiles(updates)) == (channels_last, compiled)
+
+
+def test_without_a_compiler_nothing_is_compiled_unless_asked(monkeypatch) -> None:
+    monkeypatch.setattr(shutil, 'which', lambda name: None)
+    machine = ablation.set_up(options.create_parser('').parse_args(['--device', 'cpu']))
+    assert not machine.compiles(10**6)
+    assert machine._replace(compile=True).compiles(1)
 
 
 @pytest.mark.slow
@@ -123,7 +162,7 @@ def test_a_job_of_slurm_is_not_torchrun(monkeypatch) -> None:
     for name, value in dict(SLURM_NTASKS='4', SLURM_PROCID='1', SLURM_LOCALID='1').items():
         monkeypatch.setenv(name, value)
     machine = ablation.set_up(options.create_parser('').parse_args(['--device', 'cpu', '--channels-last']))
-    assert machine == ablation.Machine(torch.device('cpu'), channels_last=True)
+    assert machine == ablation.Machine(torch.device('cpu'), channels_last=True, compile=None)
 
 
 def test_one_name_for_an_activation() -> None:
@@ -274,6 +313,37 @@ def test_torchrun(tmp_path) -> None:
     assert row.result.train_loss == pytest.approx(alone.result.train_loss, abs=1e-3)
 
 
+def test_curve(tmp_path, monkeypatch) -> None:
+    """A line an epoch, also where the run was killed between two and resumed."""
+    command = ['--acts', 'relu', '--seeds', 1, '--epochs', 3, '--size', 8]
+    run(*command, '--output', tmp_path / 'whole')
+    fit = ablation.Trainer.fit
+
+    def killed(trainer: Any, checkpoint: Path, after_epoch: Any) -> Any:
+        def after(progress: Any, lr: float) -> None:
+            after_epoch(progress, lr)
+            if progress.epoch == 2:
+                raise KeyboardInterrupt
+
+        return fit(trainer, checkpoint, after)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ablation.Trainer, 'fit', killed)
+        assert run(*command, '--output', tmp_path / 'killed') == 130
+    run(*command, '--output', tmp_path / 'killed')
+    curves = []
+    for name in ('whole', 'killed'):
+        (path,) = (tmp_path / name / 'curves').iterdir()
+        assert path.name == 'digits_relu_b1_seed0_epochs-3_size-8.csv'
+        with open(path, newline='') as file:
+            curves.append(
+                [[line[key] for key in ('epoch', 'train/loss', 'eval/top1', 'lr')] for line in csv.DictReader(file)]
+            )
+    assert curves[0] == curves[1]
+    assert [line[0] for line in curves[0]] == ['1', '2', '3']
+    assert float(curves[0][-1][2]) == pytest.approx(rows(tmp_path / 'whole')[0].result.accuracy, abs=1e-3)
+
+
 def test_logs(tmp_path) -> None:
     pytest.importorskip('tensorboard', reason="needs the packages of the extra 'logging'")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -346,8 +416,13 @@ def test_finding_of_the_paper(tmp_path) -> None:
     'arguments, message',
     [
         (['--acts', 'atak'], "'atak' is neither one of relu, se_act"),
-        (['--datasets', 'svhn'], "'svhn' is neither one of digits, cifar10, cifar100 nor a folder"),
-        (['--blocks', '5'], 'invalid choice: 5'),
+        (
+            ['--datasets', 'svhn'],
+            "'svhn' is neither one of digits, cifar10, cifar10-jpeg, cifar100, cifar100_coarse nor a folder",
+        ),
+        (['--blocks', '6'], 'invalid choice: 6'),
+        (['--recipe', 'long'], 'invalid choice'),
+        (['--hold-out', '0'], "'0' is not a whole number of at least 1"),
         (['--act-stages', '0'], 'invalid choice: 0'),
         (['--seeds', '0'], "'0' is not a whole number of at least 1"),
         (['--epochs', '1.5'], "'1.5' is not a whole number"),

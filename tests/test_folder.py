@@ -41,6 +41,15 @@ def test_round_trip(name, kwargs, tmp_path) -> None:
         assert torch.equal(timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()(x), expected)
 
 
+def test_channels_last(tmp_path) -> None:
+    """safetensors refuses such weights; the model stays as it is."""
+    model: Any = timm.create_model('atac_resnet8_cifar').to(memory_format=torch.channels_last)
+    save_folder(model, tmp_path)
+    assert model.conv1.weight.is_contiguous(memory_format=torch.channels_last)
+    for name, tensor in load_folder(tmp_path).state_dict().items():
+        assert torch.equal(tensor, model.state_dict()[name])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize('name, kwargs', [CASES[0], CASES[1], CASES[6]], ids=str)
 def test_transformers(name, kwargs, tmp_path) -> None:

@@ -1,5 +1,10 @@
 """train_scripts/image_data.py and digits.py"""
 
+import hashlib
+import io
+import pickle
+import shutil
+import tarfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -53,6 +58,114 @@ def test_cifar(monkeypatch, tmp_path) -> None:
 def test_no_cifar(tmp_path) -> None:
     with pytest.raises(image_data.DataError, match=r'cifar100 is not in .*give its place by --data-dir, or --download'):
         image_data.load('cifar100', 32, tmp_path, download=False)
+
+
+def cifar100_files(root: Path, monkeypatch: Any) -> Any:
+    """Three images as CIFAR-100's python files, in an archive as torchvision downloads it."""
+    pixels = np.arange(3 * 3072, dtype=np.uint32).astype(np.uint8).reshape(3, 3072)
+    meta = {
+        'fine_label_names': [f'fine {i}' for i in range(100)],
+        'coarse_label_names': [f'coarse {i}' for i in range(20)],
+    }
+    entries = {
+        'train': {'data': pixels, 'fine_labels': [99, 5, 50], 'coarse_labels': [19, 3, 0]},
+        'test': {'data': pixels[:1], 'fine_labels': [7], 'coarse_labels': [11]},
+        'meta': meta,
+    }
+    sums = {}
+    with tarfile.open(root / 'cifar-100-python.tar.gz', 'w:gz') as archive:
+        for name, entry in entries.items():
+            content = pickle.dumps(entry)
+            sums[name] = hashlib.md5(content).hexdigest()
+            info = tarfile.TarInfo(f'cifar-100-python/{name}')
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    tgz = hashlib.md5((root / 'cifar-100-python.tar.gz').read_bytes()).hexdigest()
+    for cls in (image_data.CIFAR['cifar100'], image_data.CIFAR['cifar100_coarse']):
+        monkeypatch.setattr(cls, 'tgz_md5', tgz)
+        monkeypatch.setattr(cls, 'train_list', [['train', sums['train']]])
+        monkeypatch.setattr(cls, 'test_list', [['test', sums['test']]])
+        monkeypatch.setattr(cls, 'meta', {**cls.meta, 'md5': sums['meta']})
+    return pixels
+
+
+def test_cifar100_coarse(monkeypatch, tmp_path) -> None:
+    """The 20 superclasses, and networks with the 100 outputs that the authors' have."""
+    pixels = cifar100_files(tmp_path, monkeypatch)
+    fine, coarse = (image_data.load(name, 32, tmp_path, download=True) for name in ('cifar100', 'cifar100_coarse'))
+    assert (fine.train[1].tolist(), fine.test[1].tolist()) == ([99, 5, 50], [7])
+    assert (coarse.train[1].tolist(), coarse.test[1].tolist()) == ([19, 3, 0], [11])
+    assert (len(fine.classes), len(coarse.classes), coarse.classes[19]) == (100, 20, 'coarse 19')
+    assert torch.equal(coarse.train[0], torch.from_numpy(pixels.reshape(3, 3, 32, 32)))
+    grid = pytest.importorskip('grid')
+    run = grid.Run('cifar100_coarse', 'relu', 1, 4, 0, **grid.RECIPES['authors']._asdict())
+    assert grid.create_model(run, len(coarse.classes), 3, coarse.mean, coarse.std).num_classes == 100
+
+
+def test_cifar100_coarse_that_was_changed(monkeypatch, tmp_path) -> None:
+    """A file with another sum is not read."""
+    cifar100_files(tmp_path, monkeypatch)
+    image_data.load('cifar100_coarse', 32, tmp_path, download=True)
+    path = tmp_path / 'cifar-100-python' / 'train'
+    path.write_bytes(path.read_bytes() + b'.')
+    with pytest.raises(image_data.DataError, match=r'cifar100_coarse is not in .*, or not whole'):
+        image_data.load('cifar100_coarse', 32, tmp_path, download=False)
+
+
+def jpeg_copy(root: Path, counts: tuple[int, int] = (2, 1)) -> Path:
+    for split, count in zip(('train', 'test'), counts, strict=True):
+        for i, name in enumerate(image_data.CIFAR10_CLASSES):
+            (root / split / name).mkdir(parents=True)
+            for j in range(count):
+                Image.new('RGB', (32, 32), (20 * i, j, 0)).save(root / split / name / f'{j:04}.jpg')
+    return root
+
+
+def test_cifar10_jpeg(monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr(image_data, 'CIFAR10_COUNTS', (2, 1))
+    jpeg_copy(tmp_path / 'cifar10-jpeg')
+    data = image_data.load('cifar10-jpeg', 32, tmp_path, download=False)
+    assert data.classes == image_data.CIFAR10_CLASSES and data.classes[3] == 'cat'
+    assert data.train[1].tolist() == [i // 2 for i in range(20)]
+    assert data.train[0].shape == (20, 3, 32, 32) and data.test[0].shape == (10, 3, 32, 32)
+    assert (data.mean, data.std) == ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))  # train_cifar.py
+
+
+@pytest.mark.parametrize(
+    'spoil, message',
+    [
+        (lambda root: shutil.rmtree(root), 'is not in .*: give its place by --data-dir, or get it by `git clone'),
+        (
+            lambda root: (root / 'train' / 'cat' / '0001.jpg').unlink(),
+            r"train is not whole: expected 2 images of each class, found \{'cat': 1\}",
+        ),
+        (
+            lambda root: [(root / split / 'cat').rename(root / split / 'lion') for split in ('train', 'test')],
+            r"train is not whole: expected 2 images of each class, found \{'cat': 0, 'lion': 2\}",
+        ),
+        (lambda root: (root / 'test' / 'dog' / '0000.jpg').write_bytes(b''), r'0000\.jpg cannot be read'),
+    ],
+)
+def test_cifar10_jpeg_that_is_not_whole(spoil, message, monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr(image_data, 'CIFAR10_COUNTS', (2, 1))
+    spoil(jpeg_copy(tmp_path / 'cifar10-jpeg'))
+    with pytest.raises(image_data.DataError, match=message):
+        image_data.load('cifar10-jpeg', 32, tmp_path, download=False)
+
+
+def test_hold_out() -> None:
+    """Training images take the test set's place: other ones, always the same, none of the test set."""
+    data = make(23)._replace(test=make(5).test)
+    found, again = image_data.hold_out(data, 6), image_data.hold_out(data, 6)
+    assert (len(found.train[0]), len(found.test[0])) == (17, 6)
+    labels = torch.cat([found.train[1], found.test[1]])  # each image has its own
+    assert sorted(labels.tolist()) == list(range(23))
+    for images, numbers in (found.train, found.test):
+        assert torch.equal(images, data.train[0][numbers])
+    assert torch.equal(again.test[1], found.test[1])
+    assert image_data.hold_out(data, 0) is data
+    with pytest.raises(image_data.DataError, match='--hold-out 23: expected less than the 23 training images'):
+        image_data.hold_out(data, 23)
 
 
 def folder(root: Path, mode: str = 'RGB', splits: tuple[str, ...] = ('train', 'val')) -> Path:

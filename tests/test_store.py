@@ -11,7 +11,8 @@ store = pytest.importorskip('store', reason="needs the packages of the extra 'ab
 
 
 def row(seed: int = 0, accuracy: float = 90.0, seconds: float = 2.0, params: int = 1000, **changes: Any) -> Any:
-    return store.Row(RUN._replace(seed=seed, **changes), store.Result(params, 0.5, accuracy, accuracy, seconds, 'cpu'))
+    result = store.Result(params, 0.5, accuracy, accuracy, seconds)
+    return store.Row(RUN._replace(seed=seed, **changes), result, store.Setup('cpu'))
 
 
 def test_rows_come_back(tmp_path) -> None:

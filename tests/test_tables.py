@@ -14,7 +14,7 @@ tables = pytest.importorskip('tables', reason="needs the packages of the extra '
 store = pytest.importorskip('store')
 pytest.importorskip('matplotlib', reason="needs the packages of the extra 'ablation'")
 
-REPORTED = {('cifar100', 'atac', 1): 76.4, ('cifar100', 'atac', 2): 79.6}
+REPORTED = {('cifar100_coarse', 'atac', 1): 76.4, ('cifar100_coarse', 'atac', 2): 79.6}
 
 
 def cells(table: str) -> list[list[str]]:
@@ -30,7 +30,7 @@ def test_accuracy_table() -> None:
     ]
     (group,) = tables.groups(rows)
     text = tables.accuracy_table(group, {})
-    assert text.startswith('Digits, 3 epochs, batch_size 8, ')
+    assert text.startswith("scikit-learn's digits, 3 epochs, batch_size 8, ")
     assert 'mean ± standard deviation over 1 to 2 seeds' in text
     head, _, relu, atac = cells(text)
     assert head == ['Activation', 'b = 1', 'b = 2', 'Parameters (k)']
@@ -40,8 +40,8 @@ def test_accuracy_table() -> None:
 
 
 def test_reported_and_the_difference() -> None:
-    rows = [row(seed, accuracy, dataset='cifar100') for seed, accuracy in enumerate([76.0, 77.0])]
-    rows += [row(0, 70.0, dataset='cifar100', activation='nin', blocks=2)]
+    rows = [row(seed, accuracy, dataset='cifar100_coarse') for seed, accuracy in enumerate([76.0, 77.0])]
+    rows += [row(0, 70.0, dataset='cifar100_coarse', activation='nin', blocks=2)]
     text = tables.accuracy_table(tables.groups(rows)[0], REPORTED)
     assert 'in brackets what the authors report and how far that is from it' in text
     _, _, nin, atac = cells(text)
@@ -55,14 +55,16 @@ def test_reported_figures_are_those_of_the_figure() -> None:
     reported = tables.read_reported()
     assert len(reported) == 16
     for blocks in (1, 2, 3, 4):
-        selu, relu, swish, atac = (reported['cifar100', name, blocks] for name in ('selu', 'relu', 'silu', 'atac'))
+        selu, relu, swish, atac = (
+            reported['cifar100_coarse', name, blocks] for name in ('selu', 'relu', 'silu', 'atac')
+        )
         assert selu < relu < swish < atac
     for name in ('selu', 'relu', 'silu', 'atac'):
-        assert sorted(found := [reported['cifar100', name, b] for b in (1, 2, 3, 4)]) == found
+        assert sorted(found := [reported['cifar100_coarse', name, b] for b in (1, 2, 3, 4)]) == found
 
 
 def test_difference_is_of_the_best_epochs() -> None:
-    rows = [store.Row(each.run, each.result._replace(best_accuracy=77.0)) for each in [row(dataset='cifar100')]]
+    rows = [store.Row(each.run, each.result._replace(best_accuracy=77.0)) for each in [row(dataset='cifar100_coarse')]]
     text = tables.accuracy_table(tables.groups(rows)[0], REPORTED)
     assert '90.00, best 77.00 (76.40, +0.60)' in text
 
@@ -121,7 +123,7 @@ def write_csv(folder: Path, rows: list) -> Path:
 
 def test_from_the_csv_alone(tmp_path, capsys) -> None:
     rows = [row(seed, 80.0 + seed, act_stages=n) for n in (2, 4) for seed in range(2)]
-    path = write_csv(tmp_path / 'results', [*rows, row(dataset='cifar100')])
+    path = write_csv(tmp_path / 'results', [*rows, row(dataset='cifar100_coarse')])
     assert tables.main([str(path), '--output', str(tmp_path / 'out')]) == 0
     text = (tmp_path / 'out' / 'tables.md').read_text()
     printed = capsys.readouterr().out
@@ -140,7 +142,7 @@ def test_plot_has_a_line_an_activation_and_that_of_the_authors(monkeypatch, tmp_
     drawn: list[Any] = []
     monkeypatch.setattr(figures, '_save', lambda figure, axes, path: drawn.extend([axes, axes.legend()]))
     rows = [
-        row(seed, 75 + blocks + seed, params=1000 * blocks, dataset='cifar100', activation=name, blocks=blocks)
+        row(seed, 75 + blocks + seed, params=1000 * blocks, dataset='cifar100_coarse', activation=name, blocks=blocks)
         for name in ('relu', 'atac')
         for blocks in (1, 2)
         for seed in (0, 1)
@@ -227,7 +229,7 @@ def test_the_record_is_what_the_rows_say() -> None:
         assert line[:5] + line[6:] == written[:5] + written[6:]
     reported = tables.read_reported()
     for name in ('relu', 'selu', 'silu', 'atac'):
-        figures = [f'{reported["cifar100", name, blocks]:.2f}' for blocks in (1, 2, 3, 4)]
+        figures = [f'{reported["cifar100_coarse", name, blocks]:.2f}' for blocks in (1, 2, 3, 4)]
         assert [tables.activation(name).label, *figures] in cells(text)
     for blocks in (1, 2, 3, 4):
         means = {

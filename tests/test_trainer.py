@@ -26,7 +26,7 @@ RUN = grid.Run(
     augment=True,
     sched='multistep',
 )
-AUTHORS = grid.Run('cifar100', 'relu', 1, 4, seed=0, **grid.AUTHORS._asdict())
+AUTHORS = grid.Run('cifar100', 'relu', 1, 4, seed=0, **grid.RECIPES['authors']._asdict())
 CPU = training.Machine(torch.device('cpu'))
 
 
@@ -84,6 +84,7 @@ def test_names_tell_runs_apart() -> None:
         sched='cosine',
         precision='bfloat16',
         processes=2,
+        held_out=5,
     )
     assert changed.keys() == set(RUN._fields)
     others: list[dict[str, Any]] = [{key: value} for key, value in changed.items()]
@@ -197,6 +198,33 @@ def test_compile_and_channels_last(monkeypatch, tmp_path) -> None:
         subject.fit(tmp_path / str(i), lambda progress, lr: None)
     assert formats == {True}
     assert_equal(state(compiled), state(plain))
+
+
+def test_recipes_by_name() -> None:
+    short = AUTHORS._replace(**grid.RECIPES['short']._asdict())
+    assert (AUTHORS.recipe, short.recipe, short._replace(lr=0.3).recipe) == ('authors', 'short', 'authors')
+    assert short.unusual() == {'recipe': 'short'}
+    assert short.name == 'cifar100_relu_b1_seed0_recipe-short'
+    assert AUTHORS._replace(lr=0.3).unusual() == {'lr': 0.3}
+    assert AUTHORS._replace(dataset='digits').unusual() == {'recipe': 'authors'}
+
+
+def test_setup_is_that_of_all_epochs(tmp_path) -> None:
+    path = tmp_path / 'checkpoint'
+
+    def kill(progress: Any, lr: float) -> None:
+        if progress.epoch == 2:
+            raise Killed
+
+    with pytest.raises(Killed):
+        trainer(machine=CPU._replace(channels_last=True)).fit(path, kill)
+    again = trainer()
+    again.load(path)
+    assert (again.setup.memory_format, again.setup.mode) == ('channels_last + contiguous', 'eager')
+    again.fit(path, lambda progress, lr: None)
+    third = trainer()
+    third.load(path)
+    assert third.setup == again.setup
 
 
 @pytest.mark.gpu

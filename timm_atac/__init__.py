@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .weights.params import ParamsError as ParamsError
     from .weights.params import read_params as read_params
     from .weights.params import write_params as write_params
+    from .xunit import XUnit as XUnit
 
 __version__ = '0.1.0'
 
@@ -35,6 +36,7 @@ _HOMES = {
     'ParamsError': 'weights.params',
     'SEActivation': 'layers',
     'Sine': 'gates',
+    'XUnit': 'xunit',
     'fuse': 'fused',
     'gate': 'gates',
     'read_params': 'weights.params',

@@ -6,6 +6,7 @@ from importlib import import_module
 MIN_TIMM = '1.0.21'  # pyproject.toml says the same; a test compares
 # of the networks; timm lists models by these names
 MODULES = ('atac_resnet', 'cifar_resnet', 'atac_host', 'ge_resnet', 'aa_resnet', 'fa_resnet')
+GAUSSIAN = 1.4953487812212205  # 1 / sqrt(E[exp(-2 z^2)]) = 5^(1/4): the gain of x * exp(-BN(...)^2)
 GATED = 1.8462285453386054  # 1 / sqrt(E[sigmoid(z)^2]), z standard normal: the gain of x * sigmoid(BN(...))
 
 
@@ -29,7 +30,7 @@ def register() -> None:
     from .layers import ACTIVATIONS as activations
     from .lean import ACTIVATIONS_ME as lean
 
-    gains = {'atac': GATED, 'se_act': GATED, 'nin': 1.0}  # NiN ends with a BN
+    gains = {'atac': GATED, 'se_act': GATED, 'nin': 1.0, 'xunit': GAUSSIAN}  # NiN ends with a BN
     modules = [import_module(f'{__package__}.{name}') for name in MODULES]
     networks = {name: getattr(module, name) for module in modules for name in module.default_cfgs}
 

@@ -99,7 +99,8 @@ class CifarResNet(OpenAtacWeights, nn.Module):
         in_chans: Channels of the image.
         global_pool: Global pooling type.
         channels: Channels of the first convolution and of the stages.
-        act_layer: Activation: 'relu', another timm name, 'atac', 'se_act', 'nin', or a `partial` with its own options.
+        act_layer: Activation: 'relu', another timm name, 'atac', 'se_act', 'nin', 'xunit', or a `partial` with its own
+            options.
         atac_stages: Where an `act_layer` other than ReLU goes: stages 1 to 3, and 4 for the last activation.
         rd_ratio: Width of the activations' bottleneck over their channels, None for their own (0.5).
         norm_layer: Normalisation layer, inside the activations as well.
@@ -378,6 +379,7 @@ default_cfgs = generate_default_cfgs(
             'resnet14_cifar',
             'resnet20_cifar',
             'resnet26_cifar',
+            'resnet32_cifar',
             'atac_resnet8_cifar',
             'atac_resnet14_cifar',
             'atac_resnet20_cifar',
@@ -406,6 +408,11 @@ def resnet20_cifar(pretrained: bool = False, **kwargs) -> CifarResNet:
 def resnet26_cifar(pretrained: bool = False, **kwargs) -> CifarResNet:
     """The paper's host network with b = 4: ReLU, or any `act_layer`."""
     return _create_cifar_resnet('resnet26_cifar', pretrained, **dict(dict(layers=(4, 4, 4)), **kwargs))
+
+
+def resnet32_cifar(pretrained: bool = False, **kwargs) -> CifarResNet:
+    """The host network with b = 5, which is in the authors' figure on activation units and in no table of the paper."""
+    return _create_cifar_resnet('resnet32_cifar', pretrained, **dict(dict(layers=(5, 5, 5)), **kwargs))
 
 
 def atac_resnet8_cifar(pretrained: bool = False, **kwargs) -> CifarResNet:

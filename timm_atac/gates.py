@@ -14,6 +14,7 @@ Both kinds of modules are such a product; they differ in what a gate looks at:
 | `SEModule`, `SEActivation`   | a bottleneck and a sigmoid          | the channels' means          |
 | `GatherExcite`               | a bottleneck and a sigmoid          | weighted sums over positions |
 | `ATAC`, `LocalSE`            | a bottleneck and a sigmoid          | the channels of the position |
+| `XUnit`                      | a convolution and a Gaussian        | the positions around it      |
 """
 
 import math
@@ -33,6 +34,7 @@ from .complete import ChannelModule
 from .fused import FusedATAC
 from .ge_resnet import GatherExcite
 from .layers import ATAC, NiN, SEActivation
+from .xunit import XUnit
 
 __all__ = ['Sine', 'gate']
 
@@ -74,8 +76,8 @@ def gate(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
         x: Input of the module, of any shape it takes and any floating-point type. Never changed.
 
     Returns:
-        Of an activation and of a local unit (ATAC, LocalSE), the shape of x; where there is one gate a channel (SE,
-        SEActivation, GatherExcite) 1 in place of each position, in the layout of the module: (B, C, 1, 1) or
+        Of an activation and of a local unit (ATAC, LocalSE, XUnit), the shape of x; where there is one gate a channel
+        (SE, SEActivation, GatherExcite) 1 in place of each position, in the layout of the module: (B, C, 1, 1) or
         (B, 1, 1, C). Of timm's Gather-Excite, either.
 
     Raises:
@@ -195,7 +197,7 @@ def hooks_are_heard() -> AbstractContextManager:
 
 # Modules that have a layer `gate`, whose output they multiply by their input
 
-UNITS = (ATAC, FusedATAC)  # and their subclasses SEActivation, LocalSE, ATACMe
+UNITS = (ATAC, FusedATAC, XUnit)  # and their subclasses SEActivation, LocalSE, ATACMe
 CHANNEL_ATTENTION = (SEModule, EffectiveSEModule, SqueezeExcite, GatherExcite, TimmGatherExcite)
 
 

@@ -20,8 +20,8 @@ from huggingface_hub.utils import validate_repo_id
 
 from . import __version__
 from .card import REPO, name_of
+from .complete import ChannelModule
 from .export import CARD, PICTURE
-from .layers import ChannelBottleneck
 from .published import HUB_ORG
 from .weights.folder import CONFIG, WEIGHTS, FolderError, load_folder, read_config
 
@@ -81,7 +81,7 @@ def check(folder: str | Path, repo: str | None = None) -> Package:
     model = load_folder(folder)
     config = read_config(folder)
     ours = type(model).__module__.startswith(f'{__package__}.')
-    if not ours and not any(isinstance(module, ChannelBottleneck) for module in model.modules()):
+    if not ours and not any(isinstance(module, ChannelModule) for module in model.modules()):
         raise FolderError(
             f'{folder / CONFIG}: the architecture is {config["architecture"]!r} without a unit of timm_atac; '
             f"timm's own push_to_hf_hub is for that."

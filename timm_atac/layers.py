@@ -23,6 +23,7 @@ import torch.nn as nn
 from timm.layers import LayerType, create_act_layer, get_norm_layer
 
 from .complete import ChannelModule
+from .xunit import XUnit
 
 __all__ = ['ACTIVATIONS', 'ATAC', 'LocalSE', 'NiN', 'SEActivation']
 
@@ -196,8 +197,8 @@ class LocalSE(ATAC):
     """
 
 
-# the names of those that take an activation's place, as timm's `act_layer` has them
-ACTIVATIONS: dict[str, type[ChannelBottleneck]] = {'atac': ATAC, 'se_act': SEActivation, 'nin': NiN}
+# the names of the units that take an activation's place, as timm's `act_layer` has them
+ACTIVATIONS: dict[str, type[ChannelModule]] = {'atac': ATAC, 'se_act': SEActivation, 'nin': NiN, 'xunit': XUnit}
 
 
 def _no_norm(channels: int, device=None, dtype=None) -> nn.Module:

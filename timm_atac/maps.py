@@ -13,14 +13,15 @@ from .gates import UNITS, channels_first, has_gate, hooks_are_heard, in_layout, 
 from .gates import gate as gate_of
 from .layers import ATAC
 from .width import width_at
+from .xunit import XUnit
 
 __all__ = ['Types', 'gate_maps', 'gated_modules', 'gated_units', 'maps_and_ends']
 
 Types = type[nn.Module] | tuple[type[nn.Module], ...] | None
 
 
-def gated_units(model: nn.Module) -> dict[str, ATAC | FusedATAC]:
-    """The units of a model that have a gate, by name: `ATAC`, `SEActivation`, `LocalSE`, and fused ones."""
+def gated_units(model: nn.Module) -> dict[str, ATAC | FusedATAC | XUnit]:
+    """The units of a model that have a gate, by name: `ATAC`, `SEActivation`, `LocalSE`, `XUnit`, and fused ones."""
     return {
         name: unit
         for name, unit in model.named_modules()
@@ -36,7 +37,7 @@ def gated_modules(model: nn.Module, types: Types = None) -> dict[str, Any]:
 
 
 def gate_maps(model: nn.Module, x: torch.Tensor, types: Types = None) -> dict[str, torch.Tensor]:
-    """The gates of every `ATAC`, `SEActivation` and `LocalSE` in one forward pass, in the order in which they ran.
+    """The gates of every `ATAC`, `SEActivation`, `LocalSE` and `XUnit` in one forward pass, in the order they ran in.
 
     Hooks take them, as in inference; the model is the same afterwards, whether the forward pass succeeds or not.
 

@@ -8,7 +8,8 @@ from typing import Any
 import torch.nn as nn
 from timm.layers import LayerType, create_act_layer, get_act_layer
 
-from .layers import ChannelBottleneck, init_weight_
+from .complete import ChannelModule
+from .layers import init_weight_
 
 __all__ = ['check_stages', 'create_activation', 'init_weights']
 
@@ -42,7 +43,7 @@ def create_activation(
         layer = get_act_layer(act_layer)
     except KeyError:
         raise ValueError(
-            f"act_layer={act_layer!r}: no activation of that name in timm; expected 'atac', 'se_act', 'nin', "
+            f"act_layer={act_layer!r}: no activation of that name in timm; expected 'atac', 'se_act', 'nin', 'xunit', "
             f"a name such as 'relu' or 'silu', or a class. ('local_se' is an attn_layer.)"
         ) from None
     if layer is None:
@@ -63,7 +64,7 @@ def create_activation(
         channels=channels, rd_ratio=rd_ratio, input_fmt=input_fmt, device=device, dtype=dtype
     )
     cls = layer.func if isinstance(layer, partial) else layer
-    if isinstance(cls, type) and issubclass(cls, ChannelBottleneck):
+    if isinstance(cls, type) and issubclass(cls, ChannelModule):
         options['norm_layer'] = norm_layer  # another's norm may be off by default
     return layer(
         **{

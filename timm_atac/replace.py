@@ -71,7 +71,7 @@ def replace_activations(
 
     Args:
         model: Any model; changed in place, all of it or, with an error, nothing.
-        act: 'atac', 'se_act', 'nin', a class or `partial` whose constructor takes `channels` and `input_fmt`.
+        act: 'atac', 'se_act', 'nin', 'xunit', a class or `partial` whose constructor takes `channels` and `input_fmt`.
         where: Which activations, None for all: a pattern of names (`'layer4.*'`), a type (`nn.GELU`), a stage by its
             number from 1 as `atac_stages` has it, or from the last (`(-2, -1)`; by the model's `feature_info`), a
             function of name and module; or several of those, of which one has to fit.
@@ -164,8 +164,8 @@ def _check_act(act: LayerType) -> None:
         accepted = {}
     if not {'channels', 'input_fmt'} <= set(accepted):
         raise ValueError(
-            f"act={act!r}: expected 'atac', 'se_act', 'nin', or a class or partial whose constructor takes `channels` "
-            f'and `input_fmt`, such as partial(timm_atac.ATAC, gate_layer=...).'
+            f"act={act!r}: expected 'atac', 'se_act', 'nin', 'xunit', or a class or partial whose constructor takes "
+            f'`channels` and `input_fmt`, such as partial(timm_atac.ATAC, gate_layer=...).'
         )
 
 

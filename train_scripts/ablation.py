@@ -7,6 +7,7 @@ train. A row a run goes to a CSV file when the run is done; then come tables and
 it was killed.
 
     python train_scripts/ablation.py --blocks 1 2 --seeds 5
+    python train_scripts/ablation.py --datasets cifar10-jpeg --recipe short --acts relu atac --seeds 3
     python train_scripts/ablation.py --datasets cifar10 cifar100 --blocks 1 2 3 4 --amp --channels-last --download
     torchrun --nproc-per-node 4 train_scripts/ablation.py --datasets cifar100
 """
@@ -21,11 +22,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from grid import Run, create_model
-from image_data import DataError, ImageData, load
+from image_data import DataError, ImageData, hold_out, load
 from network_folder import write_folder
 from options import parse_args, runs
-from run_log import Log, LogError, TensorBoardLog, WandbLog
-from store import Result, Row, Store, StoreError, device_name
+from provenance import commit
+from run_log import CsvLog, Log, LogError, TensorBoardLog, WandbLog
+from store import Result, Row, Store, StoreError
 from tables import tables, write
 from timm.utils import init_distributed_device
 from tqdm import tqdm
@@ -39,7 +41,11 @@ def set_up(args: argparse.Namespace) -> Machine:
     else:
         args.rank, args.local_rank, args.world_size = 0, 0, 1
     torch.backends.cudnn.benchmark = True  # all batches are of one size
-    return Machine(torch.device(args.device), args.rank, args.world_size, args.channels_last, args.compile)
+    commit()  # the code's that runs, whatever is checked out later
+    device = torch.device(args.device)
+    # on a GPU neither layout nor compiler has been measured yet
+    channels_last = device.type == 'cpu' if args.channels_last is None else args.channels_last
+    return Machine(device, args.rank, args.world_size, channels_last, args.compile)
 
 
 def load_all(todo: list[Run], args: argparse.Namespace, machine: Machine) -> dict[str, ImageData]:
@@ -49,7 +55,8 @@ def load_all(todo: list[Run], args: argparse.Namespace, machine: Machine) -> dic
     if waits and args.local_rank > 0:
         dist.barrier()
     data = {
-        name: load(name, size, args.data_dir, args.download and args.local_rank == 0) for name, size in sizes.items()
+        name: hold_out(load(name, size, args.data_dir, args.download and args.local_rank == 0), args.hold_out)
+        for name, size in sizes.items()
     }
     if waits and args.local_rank == 0:
         dist.barrier()
@@ -125,9 +132,8 @@ def train(run: Run, data: ImageData, store: Store, machine: Machine, args: argpa
         accuracy=round(end.accuracy, 3),
         best_accuracy=round(end.best_accuracy, 3),
         seconds=round(end.seconds, 2),
-        device=device_name(machine.device),
     )
-    row = Row(run, result)
+    row = Row(run, result, trainer.setup)
     if machine.rank == 0:
         if args.export and not store.network(run).exists():  # a killed process may have come this far
             write_folder(trainer.model.cpu(), store.network(run), run, result, data)
@@ -136,7 +142,7 @@ def train(run: Run, data: ImageData, store: Store, machine: Machine, args: argpa
 
 
 def _logs(run: Run, store: Store, first_epoch: int, args: argparse.Namespace) -> list[Log]:
-    logs: list[Log] = []
+    logs: list[Log] = [CsvLog(store.curve(run), first_epoch)]
     if args.log_tensorboard:
         logs.append(TensorBoardLog(store.folder / 'tensorboard', run, first_epoch))
     if args.log_wandb:

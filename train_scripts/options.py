@@ -7,8 +7,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from grid import ACT_STAGES, BLOCKS, FIGURE, RECIPES, TABLES, Run, activation, canonical, recipe
+from grid import (
+    ACT_STAGES,
+    BLOCKS,
+    DATASETS,
+    FIGURE,
+    RECIPES,
+    TABLES,
+    Run,
+    activation,
+    canonical,
+    default_recipe,
+)
 from timm.layers import get_act_layer
+from training import COMPILE_FROM
 
 
 def create_parser(description: str | None) -> argparse.ArgumentParser:
@@ -27,7 +39,7 @@ def _add_grid(group: Any) -> None:
         type=_dataset,
         default=['digits'],
         metavar='NAME',
-        help=f'{", ".join(RECIPES)}, or an image folder with train and val in it (default: digits)',
+        help=f'{", ".join(DATASETS)}, or an image folder with train and val in it (default: digits)',
     )
     group.add_argument(
         '--acts',
@@ -44,7 +56,7 @@ def _add_grid(group: Any) -> None:
         choices=BLOCKS,
         default=[1],
         metavar='B',
-        help='blocks a stage, 1 to 4 (default: 1)',
+        help=f'blocks a stage, 1 to {max(BLOCKS)} (default: 1)',
     )
     group.add_argument(
         '--act-stages',
@@ -63,16 +75,30 @@ def _add_grid(group: Any) -> None:
 
 
 def _add_recipe(group: Any) -> None:
+    group.add_argument(
+        '--recipe',
+        choices=RECIPES,
+        help="a recipe by name (default: 'digits' for the digits, 'authors' for all others)",
+    )
     group.add_argument('--epochs', type=_positive_int, metavar='N')
     group.add_argument('--batch-size', type=_positive_int, metavar='N', help='of all processes together')
     group.add_argument('--lr', type=_number(above_zero=True), help='highest learning rate')
     group.add_argument('--weight-decay', type=_number(), metavar='WD')
     group.add_argument('--size', type=_size, metavar='PX', help='width and height that images are scaled to; CIFAR: 32')
     group.add_argument('--no-aug', action='store_true', help='no padding, random crop and flip')
+    group.add_argument(
+        '--hold-out',
+        type=_positive_int,
+        default=0,
+        metavar='N',
+        help='train without N of the training images and measure on these; the test set is not looked at',
+    )
 
 
 def _add_machine(group: Any) -> None:
-    group.add_argument('--data-dir', type=Path, default=Path('data'), metavar='DIR', help='of CIFAR (default: data)')
+    group.add_argument(
+        '--data-dir', type=Path, default=Path('data'), metavar='DIR', help='where CIFAR is (default: data)'
+    )
     group.add_argument('--download', action='store_true', help='let torchvision download CIFAR to there')
     group.add_argument(
         '--device',
@@ -82,8 +108,16 @@ def _add_machine(group: Any) -> None:
     )
     group.add_argument('--amp', action='store_true', help='mixed precision')
     group.add_argument('--amp-dtype', choices=('float16', 'bfloat16'), default='float16', help='default: float16')
-    group.add_argument('--channels-last', action='store_true')
-    group.add_argument('--compile', action='store_true', help='torch.compile')
+    group.add_argument(
+        '--channels-last',
+        action=argparse.BooleanOptionalAction,
+        help='memory layout (default: channels_last on a processor, contiguous on a GPU)',
+    )
+    group.add_argument(
+        '--compile',
+        action=argparse.BooleanOptionalAction,
+        help=f'torch.compile (default: on a processor with a C++ compiler, from {COMPILE_FROM} updates a run on)',
+    )
 
 
 def _add_output(group: Any) -> None:
@@ -119,7 +153,7 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         except ImportError as error:
             extra = 'logging' if package in ('tensorboard', 'wandb') else 'ablation'
             parser.error(f"{error}; it comes with `pip install 'timm_atac[{extra}]'`")
-    if args.size not in (None, 32) and {'cifar10', 'cifar100'} & {*args.datasets}:
+    if args.size not in (None, 32) and any(name.startswith('cifar') for name in {*args.datasets} & {*DATASETS}):
         parser.error(f"argument --size: {args.size}, but CIFAR's images are 32")
     if args.output.is_file():
         parser.error(f'argument --output: {args.output} is a file; expected a folder')
@@ -131,9 +165,9 @@ def runs(args: argparse.Namespace, processes: int) -> list[Run]:
         _run(dataset, name, blocks, act_stages if activation(name).placed else max(ACT_STAGES), seed, args, processes)
         for dataset in args.datasets
         for blocks in sorted({*args.blocks})
+        for seed in range(args.seeds)
         for name in args.acts
         for act_stages in args.act_stages
-        for seed in range(args.seeds)
     ]
     index, count = args.shard
     return list(dict.fromkeys(found))[index - 1 :: count]
@@ -142,18 +176,19 @@ def runs(args: argparse.Namespace, processes: int) -> list[Run]:
 def _run(
     dataset: str, name: str, blocks: int, act_stages: int, seed: int, args: argparse.Namespace, processes: int
 ) -> Run:
-    settings = recipe(dataset)._asdict()
+    settings = RECIPES[args.recipe or default_recipe(dataset)]._asdict()
     given = {key: getattr(args, key) for key in ('epochs', 'batch_size', 'lr', 'weight_decay', 'size')}
     settings.update({key: value for key, value in given.items() if value is not None})
     settings['augment'] = settings['augment'] and not args.no_aug
     precision = args.amp_dtype if args.amp else 'float32'
-    return Run(dataset, name, blocks, act_stages, seed, **settings, precision=precision, processes=processes)
+    parts = dict(precision=precision, processes=processes, held_out=args.hold_out)
+    return Run(dataset, name, blocks, act_stages, seed, **settings, **parts)
 
 
 def _dataset(text: str) -> str:
-    if text not in RECIPES and not Path(text).is_dir():
-        raise argparse.ArgumentTypeError(f'{text!r} is neither one of {", ".join(RECIPES)} nor a folder')
-    return text if text in RECIPES else str(Path(text).resolve())
+    if text not in DATASETS and not Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f'{text!r} is neither one of {", ".join(DATASETS)} nor a folder')
+    return text if text in DATASETS else str(Path(text).resolve())
 
 
 def _activation_name(text: str) -> str:

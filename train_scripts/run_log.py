@@ -1,11 +1,15 @@
-"""Curves of a run for TensorBoard and Weights & Biases, where they are asked for."""
+"""Curves of a run: always as a CSV file, and for TensorBoard and Weights & Biases where they are asked for."""
 
+import csv
+import io
 import secrets
 from pathlib import Path
 from typing import Any, Protocol
 
 from grid import Run
 from training import Progress
+
+from timm_atac.atomic import replaced_file
 
 
 class LogError(Exception):
@@ -16,6 +20,29 @@ class Log(Protocol):
     def log(self, progress: Progress, lr: float) -> None: ...
 
     def close(self) -> None: ...
+
+
+class CsvLog:
+    """A line an epoch in a file; the lines of a run that is resumed are kept."""
+
+    def __init__(self, path: Path, first_epoch: int) -> None:
+        self._path = path
+        self._lines: list[list[Any]] = []
+        if first_epoch and self._path.exists():
+            with open(self._path, newline='', encoding='utf-8') as file:
+                # what a killed run had written of the epochs that come again is left out
+                self._lines = [*csv.reader(file)][: first_epoch + 1]
+
+    def log(self, progress: Progress, lr: float) -> None:
+        scalars = {'epoch': progress.epoch, **_scalars(progress, lr), 'seconds': round(progress.seconds, 2)}
+        self._lines = [*(self._lines or [[*scalars]]), [*scalars.values()]]
+        text = io.StringIO()
+        csv.writer(text, lineterminator='\n').writerows(self._lines)
+        with replaced_file(self._path) as file:
+            file.write(text.getvalue().encode())
+
+    def close(self) -> None:
+        pass
 
 
 class TensorBoardLog:

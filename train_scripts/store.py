@@ -2,16 +2,15 @@
 
 import csv
 import io
-import platform
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import timm
-import torch
 from filelock import FileLock, Timeout
 from grid import Run
+from provenance import Setup
 
 from timm_atac.atomic import replaced_file
 
@@ -24,9 +23,6 @@ class Result(NamedTuple):
     accuracy: float  # per cent of the test set, after the last epoch
     best_accuracy: float  # of all epochs
     seconds: float
-    device: str = ''
-    torch: str = torch.__version__
-    timm: str = timm.__version__
 
 
 class Row(NamedTuple):
@@ -34,14 +30,16 @@ class Row(NamedTuple):
 
     run: Run
     result: Result
+    setup: Setup = Setup()
 
 
 class StoreError(Exception):
     """A results folder that cannot be used."""
 
 
-COLUMNS = (*Run._fields, *Result._fields)
-_TYPES = {**Run.__annotations__, **Result.__annotations__}
+_PARTS: tuple[Any, ...] = (Run, Result, Setup)
+_TYPES = {name: kind for part in _PARTS for name, kind in part.__annotations__.items()}
+COLUMNS = tuple(_TYPES)
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -72,8 +70,9 @@ def _parse(values: list[str], where: str) -> Row:
             parsed.append({'True': True, 'False': False}[text] if kind is bool else kind(text))
         except (KeyError, ValueError):
             raise StoreError(f'{where}: {name} is {text!r}, expected a value like {kind.__name__}.') from None
-    count = len(Run._fields)
-    return Row(Run(*parsed[:count]), Result(*parsed[count:]))
+    rest = iter(parsed)
+    parts: Any = (part(*itertools.islice(rest, len(part._fields))) for part in _PARTS)
+    return Row(*parts)
 
 
 class Store:
@@ -104,6 +103,10 @@ class Store:
     def checkpoint(self, run: Run) -> Path:
         return self.folder / 'checkpoints' / f'{run.name}.safetensors'
 
+    def curve(self, run: Run) -> Path:
+        """Where the run's accuracy after each epoch is."""
+        return self.folder / 'curves' / f'{run.name}.csv'
+
     def network(self, run: Run) -> Path:
         """Where `--export` writes the network."""
         return self.folder / run.name
@@ -130,7 +133,8 @@ class Store:
     def _clean_up(self, run: Run, done: bool) -> None:
         """Remove what a process left that died while it wrote, or between a row and the checkpoint."""
         checkpoint = self.checkpoint(run)
-        for leftover in (*checkpoint.parent.glob(f'.{checkpoint.name}.*'), *[checkpoint] * done):
+        begun = (file for path in (checkpoint, self.curve(run)) for file in path.parent.glob(f'.{path.name}.*'))
+        for leftover in (*begun, *[checkpoint] * done):
             leftover.unlink(missing_ok=True)
 
     def append(self, row: Row) -> None:
@@ -141,14 +145,7 @@ class Store:
             text = io.StringIO()
             writer = csv.writer(text, lineterminator='\n')
             writer.writerow(COLUMNS)
-            writer.writerows([*run, *result] for run, result in [*self.rows(), row])
+            writer.writerows([*run, *result, *setup] for run, result, setup in [*self.rows(), row])
             with replaced_file(self.csv) as file:
                 file.write(text.getvalue().encode())
         self.checkpoint(row.run).unlink(missing_ok=True)
-
-
-def device_name(device: torch.device) -> str:
-    """What a row says of where it was run."""
-    if device.type == 'cuda':
-        return torch.cuda.get_device_name(device)
-    return f'{device.type} {platform.machine()}, {torch.get_num_threads()} threads'

@@ -17,13 +17,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from figures import plot_act_stages, plot_blocks
-from grid import ACT_STAGES, FIGURE, TABLES, Run, activation, dataset_name
+from grid import ACT_STAGES, FIGURE, TABLES, Run, activation, dataset_name, label
 from store import Row, StoreError, read_rows
 
 from timm_atac.atomic import replaced_file
 
 RESULTS = Path(__file__).parent.parent / 'results'
-DATASETS = {'digits': 'Digits', 'cifar10': 'CIFAR-10', 'cifar100': 'CIFAR-100'}
 Cell = tuple[str, str, int]  # data set, activation, b
 
 
@@ -66,11 +65,10 @@ def groups(rows: Iterable[Row]) -> list[Group]:
 
 def _group(rows: list[Row]) -> Group:
     run = rows[0].run
-    dataset = DATASETS.get(run.dataset, run.dataset)
     unusual = {key: value for key, value in run.unusual().items() if key != 'epochs'}
     epochs = f'{run.epochs} epoch{"s" * (run.epochs > 1)}'
     settings = [epochs, *(f'{key} {value}' for key, value in unusual.items())]
-    title = f'{dataset}, {", ".join(settings)}'
+    title = f'{label(run.dataset)}, {", ".join(settings)}'
     return Group(title, '-'.join([dataset_name(run.dataset), *(s.replace(' ', '_') for s in settings)]), rows)
 
 
@@ -103,6 +101,7 @@ def _head(title: str, rows: list[Row], reported: dict[Cell, float]) -> str:
     seeds = sorted({len(found) for found in counts.values()})
     count = f'{seeds[0]} to {seeds[-1]}' if len(seeds) > 1 else f'{seeds[0]}'
     spread = f'mean ± standard deviation over {count} seeds' if seeds[-1] > 1 else 'one seed'
+    measured = 'accuracy on the held-out images' if rows[0].run.held_out else 'test accuracy'
     compared = any(dataset == rows[0].run.dataset for dataset, _, _ in reported)
     brackets = (
         '; then the mean of the best epochs, and in brackets what the authors report and how far that is from it, '
@@ -110,7 +109,7 @@ def _head(title: str, rows: list[Row], reported: dict[Cell, float]) -> str:
         if compared
         else ''
     )
-    return f'{title}: test accuracy after the last epoch in per cent, {spread}{brackets}'
+    return f'{title}: {measured} after the last epoch in per cent, {spread}{brackets}'
 
 
 def _cell(rows: list[Row], reported: float | None) -> str:

@@ -1,6 +1,9 @@
 """One run of the ablation: trains a network, keeps a checkpoint an epoch, and goes on from it to the same numbers."""
 
 import json
+import os
+import shutil
+import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -13,6 +16,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from grid import Run, create_model
 from image_data import ImageData, batches
+from provenance import Setup, commit, device_name, joined
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from timm.optim import create_optimizer_v2
@@ -23,6 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from timm_atac.atomic import replaced_file
 
 EVAL_BATCH_SIZE = 500
+COMPILE_FROM = 1000  # updates of a run from which on a processor makes up for the time to compile
 
 
 class CheckpointError(Exception):
@@ -35,18 +40,31 @@ class Machine(NamedTuple):
     Attributes:
         device: Of this process.
         rank, processes: Of torchrun; 0 and 1 without it.
-        channels_last, compile: As timm's train.py has them.
+        channels_last: Memory layout of images and weights, as in timm's train.py.
+        compile: Whether `torch.compile` makes the network faster; None for where that was seen to pay, which is in long
+            runs on a processor.
     """
 
     device: torch.device
     rank: int = 0
     processes: int = 1
     channels_last: bool = False
-    compile: bool = False
+    compile: bool | None = False
 
     @property
     def memory_format(self) -> torch.memory_format:
         return torch.channels_last if self.channels_last else torch.contiguous_format
+
+    def compiles(self, updates: int) -> bool:
+        """True if a run of so many updates is to be compiled."""
+        if self.compile is not None:
+            return self.compile
+        return self.device.type == 'cpu' and updates >= COMPILE_FROM and _has_compiler()
+
+
+def _has_compiler() -> bool:
+    """True if there is the C++ compiler that PyTorch would call."""
+    return shutil.which(os.environ.get('CXX') or ('clang++' if sys.platform == 'darwin' else 'g++')) is not None
 
 
 class Progress(NamedTuple):
@@ -80,9 +98,23 @@ class Trainer:
             self.model, 'sgd', run.lr, run.weight_decay, momentum=0.9, filter_bias_and_bn=False
         )
         self.updates_per_epoch = len(data.train[0]) // run.batch_size
+        self.compiled = machine.compiles(run.epochs * self.updates_per_epoch)
+        self._setups = [
+            Setup(
+                device_name(machine.device),
+                'channels_last' if machine.channels_last else 'contiguous',
+                'compiled' if self.compiled else 'eager',
+                commit(),
+            )
+        ]
         self.scheduler = self._create_scheduler()
         # float16 needs its losses scaled
         self.scaler = torch.amp.GradScaler(machine.device.type, enabled=run.precision == 'float16')
+
+    @property
+    def setup(self) -> Setup:
+        """What the run was computed with, from its first epoch on."""
+        return joined(self._setups)
 
     def _create_scheduler(self) -> Any:
         run = self.run
@@ -135,7 +167,7 @@ class Trainer:
         network: Any = self.model
         if self.machine.processes > 1:
             network = DistributedDataParallel(network)
-        if self.machine.compile:  # after DDP, which overlaps with what is compiled then
+        if self.compiled:  # after DDP, which overlaps with what is compiled then
             torch.compiler.reset()  # of the runs before
             network = torch.compile(network)
         return network
@@ -212,6 +244,7 @@ class Trainer:
             'run': json.dumps(self.run),
             'progress': json.dumps(self.progress),
             'scaler': json.dumps(self.scaler.state_dict()),
+            'setup': json.dumps(self.setup),
         }
         with replaced_file(path) as file:
             file.write(save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata))
@@ -231,6 +264,7 @@ class Trainer:
         if json.loads(metadata['run']) != list(self.run):
             raise CheckpointError(f'{path} is of another run, {metadata["run"]}: remove it, or give another --output.')
         self.progress = Progress(*json.loads(metadata['progress']))
+        self._setups.insert(0, Setup(*json.loads(metadata['setup'])))
         self.scaler.load_state_dict(json.loads(metadata['scaler']))
         self.model.load_state_dict(
             {name.removeprefix('model.'): t for name, t in tensors.items() if name.startswith('model.')}

@@ -1,5 +1,6 @@
 """A network as a folder in timm's Hub format: `config.json` and `model.safetensors`."""
 
+import copy
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 import safetensors
 import safetensors.torch
 import timm
+import torch
 from timm.models import is_model, save_for_hf
 
 from .. import _timm
@@ -44,7 +46,7 @@ def save_folder(
         model_config: More entries of `config.json`: `label_names`, or a `pretrained_cfg` to go over the network's.
     """
     save_for_hf(
-        model,
+        _contiguous(model),
         str(folder),
         model_config=dict(model_config or {}),
         model_args=dict(model_args) if model_args else None,
@@ -60,6 +62,13 @@ def save_folder(
         config['model_args'] = given
     _describe(model, config)
     path.write_text(json.dumps(config, indent=2) + '\n')
+
+
+def _contiguous(model: Any) -> Any:
+    """The model, or a copy of one in channels_last, whose weights safetensors refuses to write."""
+    if all(tensor.is_contiguous() for tensor in model.state_dict().values()):
+        return model
+    return copy.deepcopy(model).to(memory_format=torch.contiguous_format)
 
 
 def _describe(model: Any, config: dict[str, Any]) -> None:
