@@ -14,6 +14,7 @@ import torch
 from filelock import FileLock
 from safetensors.torch import load_file
 
+image_data = pytest.importorskip('image_data', reason="needs the packages of the extra 'ablation'")
 ablation = pytest.importorskip('ablation', reason="needs the packages of the extra 'ablation'")
 pytest.importorskip('sklearn', reason="needs the packages of the extra 'ablation'")
 pytest.importorskip('matplotlib', reason="needs the packages of the extra 'ablation'")
@@ -320,8 +321,8 @@ def test_curve(tmp_path, monkeypatch) -> None:
     fit = ablation.Trainer.fit
 
     def killed(trainer: Any, checkpoint: Path, after_epoch: Any) -> Any:
-        def after(progress: Any, lr: float) -> None:
-            after_epoch(progress, lr)
+        def after(progress: Any) -> None:
+            after_epoch(progress)
             if progress.epoch == 2:
                 raise KeyboardInterrupt
 
@@ -336,12 +337,40 @@ def test_curve(tmp_path, monkeypatch) -> None:
         (path,) = (tmp_path / name / 'curves').iterdir()
         assert path.name == 'digits_relu_b1_seed0_epochs-3_size-8.csv'
         with open(path, newline='') as file:
-            curves.append(
-                [[line[key] for key in ('epoch', 'train/loss', 'eval/top1', 'lr')] for line in csv.DictReader(file)]
-            )
+            keys = ('epoch', 'train/loss', 'eval/loss', 'eval/top1', 'lr')
+            curves.append([[line[key] for key in keys] for line in csv.DictReader(file)])
     assert curves[0] == curves[1]
     assert [line[0] for line in curves[0]] == ['1', '2', '3']
-    assert float(curves[0][-1][2]) == pytest.approx(rows(tmp_path / 'whole')[0].result.accuracy, abs=1e-3)
+    assert float(curves[0][-1][3]) == pytest.approx(rows(tmp_path / 'whole')[0].result.accuracy, abs=1e-3)
+
+
+def test_hold_out_never_looks_at_the_test_set(tmp_path, monkeypatch) -> None:
+    """Training images that nobody trains on are measured: the test set may as well be noise."""
+    load = ablation.load
+    held_out = []
+
+    def without_test_set(*args: Any) -> Any:
+        data = load(*args)
+        held_out.append(image_data.hold_out(data, 300).test[0])
+        return data._replace(test=(torch.zeros(0, *data.test[0].shape[1:], dtype=torch.uint8), data.test[1][:0]))
+
+    trained = []
+    train = ablation.Trainer
+
+    def watched(run: Any, data: Any, machine: Any) -> Any:
+        trained.append(data)
+        return train(run, data, machine)
+
+    monkeypatch.setattr(ablation, 'load', without_test_set)
+    monkeypatch.setattr(ablation, 'Trainer', watched)
+    run('--acts', 'relu', '--seeds', 1, '--epochs', 4, '--hold-out', 300, '--export', '--output', tmp_path)
+    (data,) = trained
+    assert torch.equal(data.test[0], held_out[0]) and len(data.train[0]) == 700
+    (found,) = rows(tmp_path)
+    assert found.run.held_out == 300 and found.result.accuracy > 60
+    card = (tmp_path / found.run.name / 'README.md').read_text()
+    assert 'held out of training (300 images)' in card and 'held out: 300 of the training images' in card
+    assert f'computed on: {found.setup.device}' in card
 
 
 def test_logs(tmp_path) -> None:
@@ -378,8 +407,8 @@ def test_wandb(tmp_path, monkeypatch) -> None:
     fit = ablation.Trainer.fit
 
     def killed(trainer: Any, checkpoint: Path, after_epoch: Any) -> Any:
-        def after(progress: Any, lr: float) -> None:
-            after_epoch(progress, lr)
+        def after(progress: Any) -> None:
+            after_epoch(progress)
             raise KeyboardInterrupt
 
         return fit(trainer, checkpoint, after)

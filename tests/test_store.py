@@ -11,7 +11,7 @@ store = pytest.importorskip('store', reason="needs the packages of the extra 'ab
 
 
 def row(seed: int = 0, accuracy: float = 90.0, seconds: float = 2.0, params: int = 1000, **changes: Any) -> Any:
-    result = store.Result(params, 0.5, accuracy, accuracy, seconds)
+    result = store.Result(params, 0.5, 0.6, accuracy, accuracy, seconds, seconds, '2026-01-01T00:00:00+00:00')
     return store.Row(RUN._replace(seed=seed, **changes), result, store.Setup('cpu'))
 
 
@@ -96,6 +96,16 @@ def test_a_file_that_is_not_ours(text, message, tmp_path) -> None:
     with pytest.raises(store.StoreError, match=message):
         store.Store(tmp_path)
     assert (tmp_path / 'ablation.csv').read_bytes() == data
+
+
+def test_claim_removes_what_a_killed_export_left(tmp_path) -> None:
+    subject = store.Store(tmp_path)
+    left, other = (tmp_path / f'.{run.name}.abc' for run in (RUN, RUN._replace(seed=8)))
+    for folder in (left, other):
+        folder.mkdir()
+        (folder / 'config.json').write_text('{}')
+    with subject.claim(RUN):
+        assert not left.exists() and other.exists()
 
 
 def test_no_folder(tmp_path) -> None:

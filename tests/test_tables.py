@@ -53,7 +53,7 @@ def test_reported_and_the_difference() -> None:
 def test_reported_figures_are_those_of_the_figure() -> None:
     """The order that the authors' figure shows at every depth, and more blocks are better."""
     reported = tables.read_reported()
-    assert len(reported) == 16
+    assert len(reported) == 4 * 5 + 4 * 5 + 4 * 3 + 4
     for blocks in (1, 2, 3, 4):
         selu, relu, swish, atac = (
             reported['cifar100_coarse', name, blocks] for name in ('selu', 'relu', 'silu', 'atac')
@@ -95,6 +95,20 @@ def test_one_table_for_each_data_set_and_settings() -> None:
     groups = tables.groups(rows)
     assert sorted(len(group.rows) for group in groups) == [1, 1, 1, 2]
     assert len({group.name for group in groups}) == len({group.title for group in groups}) == 4
+
+
+def test_rows_of_several_setups_are_told() -> None:
+    first, second = row(0), row(1)
+    assert 'setup' not in tables.accuracy_table(tables.groups([first, second])[0], {})
+    second = second._replace(setup=second.setup._replace(commit='abc', mode='eager'))
+    text = tables.accuracy_table(tables.groups([first, second])[0], {})
+    assert 'The rows are not all of one setup: mode (unknown, eager); commit (unknown, abc).' in text
+
+
+def test_held_out_images_are_no_test_set() -> None:
+    (group,) = tables.groups([row(held_out=5), row(held_out=5, act_stages=2)])
+    for text in (tables.accuracy_table(group, {}), tables.act_stages_table(group)):
+        assert 'accuracy on the held-out images' in text and 'test accuracy' not in text
 
 
 def test_rows_are_sorted_as_in_the_paper() -> None:
@@ -228,9 +242,11 @@ def test_the_record_is_what_the_rows_say() -> None:
         (written,) = (found for found in cells(text) if found[:2] == line[:2] and len(found) == len(line))
         assert line[:5] + line[6:] == written[:5] + written[6:]
     reported = tables.read_reported()
-    for name in ('relu', 'selu', 'silu', 'atac'):
-        figures = [f'{reported["cifar100_coarse", name, blocks]:.2f}' for blocks in (1, 2, 3, 4)]
-        assert [tables.activation(name).label, *figures] in cells(text)
+    for dataset, depths in (('cifar10', (1, 2, 3, 4)), ('cifar100_coarse', (1, 2, 3, 4, 5))):
+        for name in {activation for of, activation, _ in reported if of == dataset}:
+            found = [reported.get((dataset, name, blocks)) for blocks in depths]
+            figures = ['' if value is None else f'{value:.2f}' for value in found]
+            assert [tables.activation(name).label, *figures] in cells(text)
     for blocks in (1, 2, 3, 4):
         means = {
             tables.activation(name).label: tables.mean_and_spread(

@@ -134,11 +134,11 @@ def test_goes_on_to_the_same_numbers(options, tmp_path) -> None:
     machine = CPU._replace(channels_last=bool(options))
     seen: list[Any] = []
     whole = trainer(run, machine)
-    end = whole.fit(tmp_path / 'whole.safetensors', lambda progress, lr: seen.append((progress.epoch, lr)))
+    end = whole.fit(tmp_path / 'whole.safetensors', lambda progress: seen.append((progress.epoch, progress.lr)))
     assert [epoch for epoch, _ in seen] == [1, 2, 3]
     assert end.best_accuracy >= end.accuracy
 
-    def kill(progress: Any, lr: float) -> None:
+    def kill(progress: Any) -> None:
         if progress.epoch == 3:
             raise Killed
 
@@ -150,24 +150,24 @@ def test_goes_on_to_the_same_numbers(options, tmp_path) -> None:
     again.load(path)
     assert again.progress.epoch == 2
     rest: list[int] = []
-    found = again.fit(path, lambda progress, lr: rest.append(progress.epoch))
+    found = again.fit(path, lambda progress: rest.append(progress.epoch))
     assert rest == [3]
     assert_equal(state(again), state(whole))
-    assert found[:-1] == end[:-1]  # all but the seconds
+    assert found[:-2] == end[:-2]  # all but the seconds
     assert again.scaler.state_dict() == whole.scaler.state_dict()
 
 
 def test_seeds_differ_and_repeat(tmp_path) -> None:
     runs = [trainer(RUN._replace(seed=seed, epochs=1)) for seed in (0, 0, 1)]
     for i, run in enumerate(runs):
-        run.fit(tmp_path / str(i), lambda progress, lr: None)
+        run.fit(tmp_path / str(i), lambda progress: None)
     assert_equal(state(runs[1]), state(runs[0]))
     assert not torch.equal(runs[2].model.fc.weight, runs[0].model.fc.weight)
 
 
 def test_checkpoint_of_another_run(tmp_path) -> None:
     path = tmp_path / 'checkpoint'
-    trainer(RUN._replace(epochs=1)).fit(path, lambda progress, lr: None)
+    trainer(RUN._replace(epochs=1)).fit(path, lambda progress: None)
     with pytest.raises(training.CheckpointError, match=r'is of another run, .*remove it, or give another --output'):
         trainer(RUN).load(path)
     path.write_bytes(path.read_bytes()[:1000])
@@ -195,7 +195,7 @@ def test_compile_and_channels_last(monkeypatch, tmp_path) -> None:
     run = RUN._replace(epochs=1, activation='relu')  # a unit runs by its parts where it is compiled: other last bits
     plain, compiled = (trainer(run, CPU._replace(compile=c, channels_last=True)) for c in (False, True))
     for i, subject in enumerate((plain, compiled)):
-        subject.fit(tmp_path / str(i), lambda progress, lr: None)
+        subject.fit(tmp_path / str(i), lambda progress: None)
     assert formats == {True}
     assert_equal(state(compiled), state(plain))
 
@@ -212,7 +212,7 @@ def test_recipes_by_name() -> None:
 def test_setup_is_that_of_all_epochs(tmp_path) -> None:
     path = tmp_path / 'checkpoint'
 
-    def kill(progress: Any, lr: float) -> None:
+    def kill(progress: Any) -> None:
         if progress.epoch == 2:
             raise Killed
 
@@ -221,10 +221,34 @@ def test_setup_is_that_of_all_epochs(tmp_path) -> None:
     again = trainer()
     again.load(path)
     assert (again.setup.memory_format, again.setup.mode) == ('channels_last + contiguous', 'eager')
-    again.fit(path, lambda progress, lr: None)
+    again.fit(path, lambda progress: None)
     third = trainer()
     third.load(path)
     assert third.setup == again.setup
+
+
+def test_progress(tmp_path) -> None:
+    """Learning rates, losses and accuracy against the network itself."""
+    subject = trainer(RUN._replace(epochs=8))
+    seen: list[Any] = []
+    end = subject.fit(tmp_path / 'checkpoint', seen.append)
+    assert [progress.lr for progress in seen] == pytest.approx([0.1] * 6 + [0.01, 0.001])
+    images, labels = subject.data.test
+    with torch.no_grad():
+        logits = subject.model.eval()(subject.data.normalize(images))
+    assert end.test_loss == pytest.approx(torch.nn.functional.cross_entropy(logits, labels).item(), rel=1e-5)
+    assert end.accuracy == pytest.approx(100 * (logits.argmax(1) == labels).float().mean().item())
+    assert 0 < end.cpu_seconds and 0 < end.seconds
+
+
+def test_checkpoint_of_another_commit(monkeypatch, tmp_path) -> None:
+    """Rows name one commit: a run does not go on with other code."""
+    path = tmp_path / 'checkpoint'
+    monkeypatch.setattr(training, 'commit', lambda: 'aaa')
+    trainer(RUN._replace(epochs=1)).fit(path, lambda progress: None)
+    monkeypatch.setattr(training, 'commit', lambda: 'aaa-dirty')
+    with pytest.raises(training.CheckpointError, match='by the code of commit aaa, and this is aaa-dirty: check that'):
+        trainer(RUN._replace(epochs=1)).load(path)
 
 
 @pytest.mark.gpu
@@ -233,5 +257,5 @@ def test_data_stays_on_the_gpu(tmp_path) -> None:
     machine = training.Machine(torch.device('cuda'), channels_last=True)
     subject = training.Trainer(RUN._replace(precision='float16'), make(24).to(machine.device), machine)
     assert subject.data.train[0].is_cuda and subject.data.train[0].dtype == torch.uint8
-    end = subject.fit(tmp_path / 'checkpoint', lambda progress, lr: None)
+    end = subject.fit(tmp_path / 'checkpoint', lambda progress: None)
     assert end.epoch == 3 and torch.isfinite(torch.tensor(end.train_loss))

@@ -1,5 +1,6 @@
 """timm_atac/xunit.py: against its formula, in every layout, and by name in timm."""
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -91,13 +92,29 @@ def test_by_name_in_a_model_of_timm() -> None:
 
 
 def test_in_place_of_activations_and_fused() -> None:
+    """`fuse` puts each unit's norm into its convolution."""
     model: Any = timm.create_model('resnetv2_50', num_classes=5)
     timm_atac.replace_activations(model, 'xunit', where=[4])
-    assert sum(isinstance(m, XUnit) for m in model.modules()) == 9
+    units: list[Any] = [m for m in model.modules() if isinstance(m, XUnit)]
+    assert len(units) == 9
+    for unit in units:
+        nn.init.uniform_(unit.bn.weight, 0.5, 1.5)
+        nn.init.normal_(unit.bn.bias)
+        nn.init.normal_(unit.bn.running_mean)
+        nn.init.uniform_(unit.bn.running_var, 0.5, 1.5)
     model.eval()
+    fused = timm_atac.fuse(model)
+    assert [type(m.bn) for m in fused.modules() if isinstance(m, XUnit)] == [nn.Identity] * 9
     x = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
-        torch.testing.assert_close(timm_atac.fuse(model)(x), model(x), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(fused(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+def test_activation_in_place_leaves_the_input_alone() -> None:
+    unit, x = XUnit(8, act_layer=partial(nn.ReLU, inplace=True)), torch.randn(2, 8, 4, 4)
+    before = x.clone()
+    unit(x)
+    assert torch.equal(x, before)
 
 
 @pytest.mark.parametrize('way', ['script', 'trace', 'export', 'compile'])
@@ -119,6 +136,7 @@ def test_ways_to_run(way) -> None:
     [
         (dict(channels=0), None, 'channels=0: expected an integer >= 1'),
         (dict(kernel_size=2), None, 'kernel_size=2: expected an odd integer'),
+        (dict(kernel_size=True), None, 'kernel_size=True: expected an odd integer'),
         (dict(kernel_size=1.5), None, 'kernel_size=1.5: expected an odd integer'),
         (dict(input_fmt='HW'), None, "input_fmt='HW': expected one of"),
         ({}, (2, 7, 5, 5), r'XUnit is for 8 channels in NCHW and got an input of shape \(2, 7, 5, 5\)'),

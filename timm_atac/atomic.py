@@ -49,6 +49,9 @@ def new_folder(path: Path) -> Iterator[Path]:
         yield Path(name)
         for inside in (Path(name), *Path(name).rglob('*')):  # some writers keep theirs to the user
             os.chmod(inside, (0o777 if inside.is_dir() else 0o666) & ~_umask())
+            if inside.is_file():
+                with open(inside, 'rb+') as file:
+                    os.fsync(file.fileno())  # so that it is whole after a loss of power, too
         if path.exists():
             path.rmdir()  # empty; a rename onto a folder is an error on Windows
         os.rename(name, path)

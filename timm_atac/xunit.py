@@ -43,8 +43,10 @@ class XUnit(ChannelModule):
     Source:
         The paper's unit is ReLU, depthwise convolution of 9 x 9 positions and Gaussian. That of "Attention as
         Activation" is not published; the figure on activation units in its authors' README (https://github.com/YimianDai/open-atac)
-        adds 12 parameters a channel, which are those of a 3 x 3 convolution with bias and of a norm. Their
-        train_cifar.py has 3 x 3 too (`skernel`).
+        adds 12 parameters a channel, which are those of a 3 x 3 convolution with bias and of one norm. Their
+        train_cifar.py has 3 x 3 too (`skernel`). In the code of xUnit's authors (https://github.com/kligvasser/xUnit) a
+        norm stands before the ReLU and another after the convolution. The figure does not tell which of them is there;
+        here it is the second, because the host has a norm before the unit already.
     """
 
     def __init__(
@@ -60,7 +62,12 @@ class XUnit(ChannelModule):
         dtype=None,
     ) -> None:
         super().__init__(input_fmt)
-        if not isinstance(kernel_size, Integral) or kernel_size < 1 or kernel_size % 2 == 0:
+        if (
+            not isinstance(kernel_size, Integral)
+            or isinstance(kernel_size, bool)
+            or kernel_size < 1
+            or kernel_size % 2 == 0
+        ):
             raise ValueError(f'kernel_size={kernel_size!r}: expected an odd integer >= 1.')
         self.kernel_size = kernel_size
         self._act_layer = act_layer
@@ -78,6 +85,9 @@ class XUnit(ChannelModule):
         )
         self.bn: nn.Module = self._norm_layer(channels, **dd) if self._norm_layer else nn.Identity()
         self.act.to(**dd)  # PReLU has a parameter
+        for module in self.act.modules():
+            if hasattr(module, 'inplace'):
+                module.inplace = False  # its input is the unit's
         self.gate.to(**dd)
 
     def activate(self, x: torch.Tensor) -> torch.Tensor:

@@ -17,6 +17,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
@@ -41,7 +42,8 @@ def set_up(args: argparse.Namespace) -> Machine:
     else:
         args.rank, args.local_rank, args.world_size = 0, 0, 1
     torch.backends.cudnn.benchmark = True  # all batches are of one size
-    commit()  # the code's that runs, whatever is checked out later
+    if not commit() and args.rank == 0:  # that of the code that runs, whatever is checked out later
+        print('The rows will name no commit: this is no checkout, or timm_atac is not of it.', file=sys.stderr)
     device = torch.device(args.device)
     # on a GPU neither layout nor compiler has been measured yet
     channels_last = device.type == 'cpu' if args.channels_last is None else args.channels_last
@@ -119,24 +121,27 @@ def train(run: Run, data: ImageData, store: Store, machine: Machine, args: argpa
         for log in logs:
             closed.callback(log.close)
 
-        def after_epoch(now: Progress, lr: float) -> None:
+        def after_epoch(now: Progress) -> None:
             progress.update()
             progress.set_postfix(loss=f'{now.train_loss:.3f}', top1=f'{now.accuracy:.2f}')
             for log in logs:
-                log.log(now, lr)
+                log.log(now)
 
         end = trainer.fit(checkpoint, after_epoch)
     result = Result(
         params=sum(p.numel() for p in trainer.model.parameters()),
         train_loss=round(end.train_loss, 4),
+        test_loss=round(end.test_loss, 4),
         accuracy=round(end.accuracy, 3),
         best_accuracy=round(end.best_accuracy, 3),
         seconds=round(end.seconds, 2),
+        cpu_seconds=round(end.cpu_seconds, 2),
+        finished=datetime.now(timezone.utc).isoformat(timespec='seconds'),
     )
     row = Row(run, result, trainer.setup)
     if machine.rank == 0:
         if args.export and not store.network(run).exists():  # a killed process may have come this far
-            write_folder(trainer.model.cpu(), store.network(run), run, result, data)
+            write_folder(trainer.model.cpu(), store.network(run), row, data)
         store.append(row)
     return row
 

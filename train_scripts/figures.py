@@ -30,7 +30,7 @@ def plot_blocks(title: str, rows: list[Row], path: Path, reported: dict[tuple[st
         theirs[name] = [(k, reported[cell]) for k, cell in cells if cell in reported]
 
     others = _without_the_lowest(lines)
-    figure, panels = _axes(title, 'parameters (thousands)', 2 if others else 1)
+    figure, panels = _axes(title, 'parameters (thousands)', rows, 2 if others else 1)
     for axes in panels:
         for i, (name, points) in enumerate(lines.items()):
             color = _draw(axes, points, activation(name).label, i)
@@ -63,7 +63,7 @@ def _limits(points: list[Point]) -> tuple[float, float]:
 
 def plot_act_stages(title: str, rows: list[Row], path: Path) -> Path:
     """Accuracy over the number of stages that have the activation, from the back: a line a network."""
-    figure, (axes,) = _axes(title, 'stages with the activation, from the back')
+    figure, (axes,) = _axes(title, 'stages with the activation, from the back', rows)
     networks = dict.fromkeys(r.run[1:3] for r in rows if r.run.act_stages < max(ACT_STAGES))
     for i, (name, blocks) in enumerate(networks):
         found = {n: [r.result.accuracy for r in rows if r.run[1:4] == (name, blocks, n)] for n in ACT_STAGES}
@@ -73,13 +73,14 @@ def plot_act_stages(title: str, rows: list[Row], path: Path) -> Path:
     return _save(figure, axes, path)
 
 
-def _axes(title: str, x: str, panels: int = 1) -> tuple[Any, list[Any]]:
+def _axes(title: str, x: str, rows: list[Row], panels: int = 1) -> tuple[Any, list[Any]]:
     from matplotlib.figure import Figure  # without pyplot: no window, no state
 
     figure = Figure(figsize=(6.4 * panels, 4.2), layout='constrained')
     found = figure.subplots(1, panels, squeeze=False)[0]
     for axes in found:
-        axes.set(xlabel=x, ylabel='test accuracy after the last epoch (%)')
+        of = 'held-out' if rows[0].run.held_out else 'test'
+        axes.set(xlabel=x, ylabel=f'{of} accuracy after the last epoch (%)')
         axes.grid(alpha=0.3)
     found[0].set_title(title)
     return figure, list(found)

@@ -3,9 +3,9 @@
 from pathlib import Path
 
 import torch.nn as nn
-from grid import DATASETS, Run, activation, model_args
+from grid import DATASETS, activation, model_args
 from image_data import ImageData
-from store import Result
+from store import Row
 from torchvision import transforms
 
 from timm_atac.export import export
@@ -13,16 +13,19 @@ from timm_atac.export import export
 SCHEDULES = {'multistep': 'divided by 10 after 3/4 and 7/8 of the epochs', 'cosine': 'a warm-up epoch, then cosine'}
 
 
-def write_folder(model: nn.Module, folder: Path, run: Run, result: Result, data: ImageData) -> None:
+def write_folder(model: nn.Module, folder: Path, row: Row, data: ImageData) -> None:
     """Write the network.
 
     Args:
         model: On the CPU.
         folder: Must not be there, or be empty.
+        row: Its row of the results.
+        data: What it was trained on.
 
     Raises:
         FileExistsError: There is something at `folder`.
     """
+    run, result = row.run, row.result
     known = DATASETS.get(run.dataset)
     name, address = (known.label, known.address) if known else (Path(run.dataset).name, '')
     accuracy = round(result.accuracy, 3)
@@ -34,8 +37,8 @@ def write_folder(model: nn.Module, folder: Path, run: Run, result: Result, data:
     facts: dict[str, object] = {
         'license': 'apache-2.0',
         'datasets': [{'name': f'{name}{f" ({address})" if address else ""}, {run.size} x {run.size}'}],
-        'hyperparameters': _hyperparameters(run),
-        'picture_credit': 'the image is one of the test set',
+        'hyperparameters': _hyperparameters(row),
+        'picture_credit': f'the image is one {"that was held out" if run.held_out else "of the test set"}',
     }
     if address:
         source = {'name': f'train_scripts/ablation.py of timm_atac, seed {run.seed}', 'url': address}
@@ -50,8 +53,10 @@ def write_folder(model: nn.Module, folder: Path, run: Run, result: Result, data:
     export(model, folder, facts, image, model_args(run), config)
 
 
-def _hyperparameters(run: Run) -> dict[str, object]:
-    return {
+def _hyperparameters(row: Row) -> dict[str, object]:
+    run, setup = row.run, row.setup
+    how = [setup.device, setup.memory_format, setup.mode, f'torch {setup.torch}', f'timm {setup.timm}']
+    facts = {
         'optimizer': 'SGD with Nesterov momentum 0.9',
         'learning rate': f'{run.lr:g}, {SCHEDULES[run.sched] if run.epochs > 1 else run.sched}',
         'weight decay': f'{run.weight_decay:g}, on every parameter',
@@ -59,4 +64,10 @@ def _hyperparameters(run: Run) -> dict[str, object]:
         'batch size': run.batch_size,
         'augmentation': 'padded, cropped at random, flipped' if run.augment else 'none',
         'precision': run.precision,
+        'computed on': ', '.join(filter(None, how)),
     }
+    if run.held_out:
+        facts['held out'] = f'{run.held_out} of the training images'
+    if setup.commit:
+        facts['commit of timm_atac'] = setup.commit
+    return facts

@@ -1,33 +1,41 @@
-"""What a run was computed with: hardware, memory layout, compiler, versions. Each row of the results names it."""
+"""What a run was computed with: code, hardware, memory layout, versions. Each row of the results names it."""
 
 import functools
+import hashlib
 import platform
 import subprocess
 from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import NamedTuple
 
 import timm
 import torch
 
+import timm_atac
+
 
 class Setup(NamedTuple):
     """What has computed an epoch. It moves results by rounding alone, where `Run` holds what moves them by more.
 
     Attributes:
-        device: Name of the GPU, or kind of processor and threads.
+        device: Name of the GPU; or model of the processor, its instructions that PyTorch uses, and threads.
         memory_format: 'channels_last' or 'contiguous'.
         mode: 'eager' or 'compiled'.
-        commit: Of this repository, with '-dirty' where tracked files were changed; '' outside of a checkout.
-        torch, timm: Their versions.
+        commit: Of this repository, with '-dirty' where tracked files were changed; '' where it is not known.
+        data: The first twelve digits of the SHA-256 of all images and labels, as they were decoded.
+        python, torch, timm, pillow: Versions. Pillow decodes JPEG.
     """
 
     device: str = ''
     memory_format: str = ''
     mode: str = ''
     commit: str = ''
+    data: str = ''
+    python: str = platform.python_version()
     torch: str = torch.__version__
     timm: str = timm.__version__
+    pillow: str = ''
 
 
 def joined(setups: Sequence[Setup]) -> Setup:
@@ -37,15 +45,49 @@ def joined(setups: Sequence[Setup]) -> Setup:
 
 
 def device_name(device: torch.device) -> str:
-    """The name of a GPU, or the kind of processor and the number of threads."""
+    """The name of a GPU; or the processor's model and instructions, and the number of threads."""
     if device.type == 'cuda':
         return torch.cuda.get_device_name(device)
-    return f'{device.type} {platform.machine()}, {torch.get_num_threads()} threads'
+    model = _processor() if device.type == 'cpu' else device.type
+    capability = torch.backends.cpu.get_cpu_capability()
+    return f'{model}, {capability}, {torch.get_num_threads()} threads'
+
+
+@functools.cache
+def _processor() -> str:
+    try:
+        lines = Path('/proc/cpuinfo').read_text().splitlines()
+    except OSError:  # not Linux
+        lines = []
+    names = [line.partition(':')[2].strip() for line in lines if line.startswith('model name')]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def pillow() -> str:
+    """The version of Pillow, '' without it."""
+    try:
+        return version('pillow')
+    except PackageNotFoundError:
+        return ''
+
+
+def data_hash(tensors: Sequence[torch.Tensor]) -> str:
+    """The first twelve digits of the SHA-256 of all values."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:12]
 
 
 @functools.cache
 def commit() -> str:
-    """The commit that this file is of, in twelve digits; '' where git does not know it."""
+    """The commit of the code that runs, in twelve digits.
+
+    '' where git does not know this file, or where `timm_atac` is imported from another place than this checkout.
+    """
+    package = Path(timm_atac.__file__).resolve().parent
+    if package.parent != Path(__file__).resolve().parent.parent:
+        return ''
     try:
         _git('ls-files', '--error-unmatch', Path(__file__).name)
         changed = _git('status', '--porcelain', '--untracked-files=no', ':/')

@@ -17,7 +17,7 @@ class LogError(Exception):
 
 
 class Log(Protocol):
-    def log(self, progress: Progress, lr: float) -> None: ...
+    def log(self, progress: Progress) -> None: ...
 
     def close(self) -> None: ...
 
@@ -33,8 +33,9 @@ class CsvLog:
                 # what a killed run had written of the epochs that come again is left out
                 self._lines = [*csv.reader(file)][: first_epoch + 1]
 
-    def log(self, progress: Progress, lr: float) -> None:
-        scalars = {'epoch': progress.epoch, **_scalars(progress, lr), 'seconds': round(progress.seconds, 2)}
+    def log(self, progress: Progress) -> None:
+        times = {'seconds': round(progress.seconds, 2), 'cpu_seconds': round(progress.cpu_seconds, 2)}
+        scalars = {'epoch': progress.epoch, **_scalars(progress), **times}
         self._lines = [*(self._lines or [[*scalars]]), [*scalars.values()]]
         text = io.StringIO()
         csv.writer(text, lineterminator='\n').writerows(self._lines)
@@ -58,8 +59,8 @@ class TensorBoardLog:
         # what a killed run had written of the epochs that come again is taken out
         self._writer = SummaryWriter(str(folder / run.name), purge_step=first_epoch + 1)
 
-    def log(self, progress: Progress, lr: float) -> None:
-        for name, value in _scalars(progress, lr).items():
+    def log(self, progress: Progress) -> None:
+        for name, value in _scalars(progress).items():
             self._writer.add_scalar(name, value, progress.epoch)
         self._writer.flush()  # it keeps them for two minutes otherwise
 
@@ -93,12 +94,17 @@ class WandbLog:
         except Exception as error:  # of login, network or settings
             raise LogError(f'Weights & Biases: {error}') from None
 
-    def log(self, progress: Progress, lr: float) -> None:
-        self._run.log(_scalars(progress, lr), step=progress.epoch)
+    def log(self, progress: Progress) -> None:
+        self._run.log(_scalars(progress), step=progress.epoch)
 
     def close(self) -> None:
         self._run.finish()
 
 
-def _scalars(progress: Progress, lr: float) -> dict[str, float]:
-    return {'train/loss': progress.train_loss, 'eval/top1': progress.accuracy, 'lr': lr}
+def _scalars(progress: Progress) -> dict[str, float]:
+    return {
+        'train/loss': progress.train_loss,
+        'eval/loss': progress.test_loss,
+        'eval/top1': progress.accuracy,
+        'lr': progress.lr,
+    }

@@ -3,6 +3,7 @@
 import csv
 import io
 import itertools
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,9 +21,12 @@ class Result(NamedTuple):
 
     params: int
     train_loss: float  # mean over the last epoch
+    test_loss: float  # after the last epoch
     accuracy: float  # per cent of the test set, after the last epoch
     best_accuracy: float  # of all epochs
-    seconds: float
+    seconds: float  # of the clock; the time in which a process was stopped counts
+    cpu_seconds: float  # that processors worked, in the first process
+    finished: str  # day and time, UTC
 
 
 class Row(NamedTuple):
@@ -136,6 +140,8 @@ class Store:
         begun = (file for path in (checkpoint, self.curve(run)) for file in path.parent.glob(f'.{path.name}.*'))
         for leftover in (*begun, *[checkpoint] * done):
             leftover.unlink(missing_ok=True)
+        for folder in self.folder.glob(f'.{run.name}.*'):  # of an export
+            shutil.rmtree(folder)
 
     def append(self, row: Row) -> None:
         """Add a row, for good and whole, and remove the run's checkpoint."""

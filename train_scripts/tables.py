@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 from figures import plot_act_stages, plot_blocks
 from grid import ACT_STAGES, FIGURE, TABLES, Run, activation, dataset_name, label
+from provenance import Setup
 from store import Row, StoreError, read_rows
 
 from timm_atac.atomic import replaced_file
@@ -91,7 +92,16 @@ def accuracy_table(group: Group, reported: dict[Cell, float]) -> str:
                 ' / '.join(f'{runs[b][0].result.params / 1e3:.1f}' if runs[b] else '-' for b in depths),
             ]
         )
-    return f'{_head(group.title, rows, reported)}\n\n{markdown(lines)}'
+    return '\n\n'.join(filter(None, [_head(group.title, rows, reported), markdown(lines), _differences(rows)]))
+
+
+def _differences(rows: list[Row]) -> str:
+    """What was not the same for all rows of a table, which rounding alone should tell; '' where there is nothing."""
+    values = {name: sorted({getattr(row.setup, name) for row in rows}) for name in Setup._fields}
+    different = [
+        f'{name} ({", ".join(v or "unknown" for v in found)})' for name, found in values.items() if len(found) > 1
+    ]
+    return f'The rows are not all of one setup: {"; ".join(different)}.' if different else ''
 
 
 def _head(title: str, rows: list[Row], reported: dict[Cell, float]) -> str:
@@ -101,7 +111,6 @@ def _head(title: str, rows: list[Row], reported: dict[Cell, float]) -> str:
     seeds = sorted({len(found) for found in counts.values()})
     count = f'{seeds[0]} to {seeds[-1]}' if len(seeds) > 1 else f'{seeds[0]}'
     spread = f'mean ± standard deviation over {count} seeds' if seeds[-1] > 1 else 'one seed'
-    measured = 'accuracy on the held-out images' if rows[0].run.held_out else 'test accuracy'
     compared = any(dataset == rows[0].run.dataset for dataset, _, _ in reported)
     brackets = (
         '; then the mean of the best epochs, and in brackets what the authors report and how far that is from it, '
@@ -109,7 +118,11 @@ def _head(title: str, rows: list[Row], reported: dict[Cell, float]) -> str:
         if compared
         else ''
     )
-    return f'{title}: {measured} after the last epoch in per cent, {spread}{brackets}'
+    return f'{title}: {_measured(rows)} after the last epoch in per cent, {spread}{brackets}'
+
+
+def _measured(rows: list[Row]) -> str:
+    return 'accuracy on the held-out images' if rows[0].run.held_out else 'test accuracy'
 
 
 def _cell(rows: list[Row], reported: float | None) -> str:
@@ -142,7 +155,7 @@ def act_stages_table(group: Group) -> str:
         cells = [[r.result.accuracy for r in placed if r.run[1:4] == (name, blocks, n)] for n in ACT_STAGES]
         lines.append([f'{activation(name).label}, b = {blocks}', *map(mean_and_spread, [host, *cells])])
     return (
-        f'{group.title}: test accuracy by the number of stages with the activation, counted from the last activation '
+        f'{group.title}: {_measured(group.rows)} by the number of stages with the activation, from the last on '
         f'(0: ReLU everywhere)\n\n{markdown(lines)}'
     )
 

@@ -16,7 +16,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from grid import Run, create_model
 from image_data import ImageData, batches
-from provenance import Setup, commit, device_name, joined
+from provenance import Setup, commit, data_hash, device_name, joined, pillow
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from timm.optim import create_optimizer_v2
@@ -68,13 +68,26 @@ def _has_compiler() -> bool:
 
 
 class Progress(NamedTuple):
-    """Where a run stands after an epoch; accuracies are top-1 in per cent of the test set."""
+    """Where a run stands after an epoch.
+
+    Attributes:
+        epoch: How many are done.
+        lr: Learning rate of the last update.
+        train_loss: Mean cross-entropy over the epoch.
+        test_loss: Mean cross-entropy of the test set.
+        accuracy, best_accuracy: Top-1 in per cent of the test set, after this epoch and the best so far.
+        seconds: Of the clock, of all epochs; the time in which a process was stopped counts.
+        cpu_seconds: That processors worked, in the first process.
+    """
 
     epoch: int = 0
+    lr: float = 0.0
     train_loss: float = 0.0
+    test_loss: float = 0.0
     accuracy: float = 0.0
     best_accuracy: float = 0.0
     seconds: float = 0.0
+    cpu_seconds: float = 0.0
 
 
 class Trainer:
@@ -105,6 +118,8 @@ class Trainer:
                 'channels_last' if machine.channels_last else 'contiguous',
                 'compiled' if self.compiled else 'eager',
                 commit(),
+                data_hash([*data.train, *data.test]),
+                pillow=pillow(),
             )
         ]
         self.scheduler = self._create_scheduler()
@@ -133,30 +148,33 @@ class Trainer:
         )
         return scheduler
 
-    def fit(self, checkpoint: Path, after_epoch: Callable[[Progress, float], None]) -> Progress:
+    def fit(self, checkpoint: Path, after_epoch: Callable[[Progress], None]) -> Progress:
         """Train to the end.
 
         Args:
             checkpoint: File that is replaced after each epoch.
-            after_epoch: Gets the progress and the learning rate, in the first process, before the checkpoint is there.
+            after_epoch: Gets the progress, in the first process, before the checkpoint is there.
         """
         network = self.wrapped()
         while self.progress.epoch < self.run.epochs:
-            start = time.perf_counter()
+            start, cpu_start = time.perf_counter(), time.process_time()
             train_loss = self.train_epoch(network)
             if self.machine.processes > 1:
                 distribute_bn(self.model, self.machine.processes, reduce=True)
-            accuracy = self._evaluate()
+            accuracy, test_loss = self._evaluate()
             self.progress = Progress(
                 self.progress.epoch + 1,
+                self._lr,
                 train_loss,
+                test_loss,
                 accuracy,
                 max(accuracy, self.progress.best_accuracy),
                 self.progress.seconds + time.perf_counter() - start,
+                self.progress.cpu_seconds + time.process_time() - cpu_start,
             )
             if self.machine.rank == 0:
                 # first, so that a kill between the two makes it come again rather than never
-                after_epoch(self.progress, self.optimizer.param_groups[0]['lr'])
+                after_epoch(self.progress)
                 self.save(checkpoint)
             if self.machine.processes > 1:
                 dist.barrier()  # no process goes on with an epoch whose checkpoint may be lost
@@ -195,6 +213,7 @@ class Trainer:
             self.scaler.scale(loss).backward()
             self.scaler.step(self.optimizer)
             self.scaler.update()
+            self._lr: float = self.optimizer.param_groups[0]['lr']
             updates += 1
             self.scheduler.step_update(updates)
             total += loss.detach()  # read once an epoch: reading waits for the device
@@ -203,20 +222,23 @@ class Trainer:
         return total.item() / (self.updates_per_epoch * machine.processes)
 
     @torch.inference_mode()
-    def _evaluate(self) -> float:
-        """Top-1 accuracy in per cent of the test set."""
+    def _evaluate(self) -> tuple[float, float]:
+        """Top-1 accuracy in per cent of the test set, and its mean cross-entropy."""
         machine = self.machine
         self.model.eval()
         images, labels = (part[machine.rank :: machine.processes] for part in self.data.test)
-        correct = torch.zeros((), dtype=torch.long, device=machine.device)
+        totals = torch.zeros(2, dtype=torch.float32, device=machine.device)  # correct ones, and losses
         for start in range(0, len(images), EVAL_BATCH_SIZE):
             batch = self.data.normalize(images[start : start + EVAL_BATCH_SIZE])
             with self._autocast():
                 logits = self.model(batch.contiguous(memory_format=machine.memory_format))
-            correct += (logits.argmax(1) == labels[start : start + EVAL_BATCH_SIZE]).sum()
+            target = labels[start : start + EVAL_BATCH_SIZE]
+            loss = F.cross_entropy(logits.float(), target, reduction='sum')
+            totals += torch.stack([(logits.argmax(1) == target).sum(), loss])
         if machine.processes > 1:
-            dist.all_reduce(correct)
-        return 100 * correct.item() / len(self.data.test[0])
+            dist.all_reduce(totals)
+        correct, loss_sum = totals.tolist()
+        return 100 * correct / len(self.data.test[0]), loss_sum / len(self.data.test[0])
 
     def agree(self, checkpoint: Path) -> None:
         """Make sure that all processes start from the same epoch.
@@ -253,7 +275,7 @@ class Trainer:
         """Go on from what `save` has written.
 
         Raises:
-            CheckpointError: It is of another run, or damaged.
+            CheckpointError: It is of another run or of another commit of this repository, or damaged.
         """
         try:
             with safe_open(path, 'pt', device=str(self.machine.device)) as file:
@@ -263,8 +285,14 @@ class Trainer:
             raise CheckpointError(f'{path} is damaged ({error}): remove it.') from None
         if json.loads(metadata['run']) != list(self.run):
             raise CheckpointError(f'{path} is of another run, {metadata["run"]}: remove it, or give another --output.')
+        setup = Setup(*json.loads(metadata['setup']))
+        if setup.commit != commit():
+            raise CheckpointError(
+                f'{path} was computed by the code of commit {setup.commit or "unknown"}, and this is '
+                f'{commit() or "unknown"}: check that commit out, or remove the file to train again from the start.'
+            )
+        self._setups.insert(0, setup)
         self.progress = Progress(*json.loads(metadata['progress']))
-        self._setups.insert(0, Setup(*json.loads(metadata['setup'])))
         self.scaler.load_state_dict(json.loads(metadata['scaler']))
         self.model.load_state_dict(
             {name.removeprefix('model.'): t for name, t in tensors.items() if name.startswith('model.')}

@@ -9,7 +9,6 @@ from typing import Any
 import safetensors
 import safetensors.torch
 import timm
-import torch
 from timm.models import is_model, save_for_hf
 
 from .. import _timm
@@ -65,10 +64,13 @@ def save_folder(
 
 
 def _contiguous(model: Any) -> Any:
-    """The model, or a copy of one in channels_last, whose weights safetensors refuses to write."""
+    """The model, or a copy of one in channels_last or with transposed weights, which safetensors refuses to write."""
     if all(tensor.is_contiguous() for tensor in model.state_dict().values()):
         return model
-    return copy.deepcopy(model).to(memory_format=torch.contiguous_format)
+    model = copy.deepcopy(model)
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = tensor.data.contiguous()
+    return model
 
 
 def _describe(model: Any, config: dict[str, Any]) -> None:
