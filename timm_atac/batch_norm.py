@@ -104,7 +104,9 @@ class BatchNorm(NamedTuple):
         mean, spread, _ = statistics
         if not self.by_batch:
             return F.batch_norm(h, mean, spread, weight, bias, False, 0.0, self.eps)
-        return F.batch_norm(h, mean, spread.pow(-2), weight, bias, False, 0.0, 0.0)
+        # PyTorch 2.11 refuses an epsilon of 0 in `F.batch_norm`, also where no statistics are taken
+        is_enabled = torch.backends.cudnn.enabled
+        return torch.batch_norm(h, weight, bias, mean, spread.pow(-2), False, 0.0, 0.0, is_enabled)
 
     def backward(
         self, grad: torch.Tensor, h: torch.Tensor, weight: Any, statistics: Statistics, needed: list[bool]

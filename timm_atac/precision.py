@@ -9,6 +9,8 @@ __all__ = ['autocast_dtype', 'cast', 'is_autocast_enabled', 'without_autocast']
 
 def is_autocast_enabled(device: torch.device) -> bool:
     """Whether autocast changes what runs on a device, some of which (`meta`) have none."""
+    if torch.compiler.is_compiling():  # that of PyTorch 2.11 cannot look into `is_autocast_available`
+        return device.type != 'meta' and torch.is_autocast_enabled(device.type)
     return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
 
 
