@@ -11,14 +11,13 @@ several minutes for a shape.
 import argparse
 import itertools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from typing import Any
 
 import torch
 from kernels import Setting, Shape, copied, setting_of
 from measure import Spread, ratio
-from triton.compiler.errors import CompilationError
-from triton.runtime.errors import OutOfResources
 
 from timm_atac.kernels import atac
 from timm_atac.kernels.atac import Tile
@@ -43,23 +42,38 @@ def tiles(channels: int, hidden: int) -> Iterator[Tile]:
             yield tile
 
 
-def tune(setting: Setting, shape: Shape) -> dict[str, list[float]]:
-    """Seconds by tile, or 'copy', and round."""
+def measure(setting: Setting, shape: Shape, candidates: Iterable[Tile]) -> dict[Any, list[float]]:
+    """Seconds by tile, or 'copy', and round; a tile that the GPU refuses is left out."""
     channels, hidden = shape[0], max(shape[0] // 2, 1)
     sizes = ((hidden, channels), (hidden,), (channels, hidden), (channels,))
     parameters = [torch.randn(size, device=setting.device, dtype=setting.dtype) for size in sizes]
     x = setting.map(shape)
-    used = atac.tile_for(x, parameters[0])
-    runs: dict[str, Callable[[torch.Tensor], object]] = {'copy': copied}
-    for tile in dict.fromkeys((used, *tiles(channels, hidden))):
+    runs: dict[Any, Callable[[torch.Tensor], object]] = {'copy': copied}
+    for tile in candidates:
         run = partial(_launch, parameters, tile)
         try:
             run(x)
-        except (OutOfResources, CompilationError) as error:
+        except Exception as error:  # OutOfResources, CompilationError, or what the compiler's own programs raise
             print(f'{tuple(tile)}: {type(error).__name__}', file=sys.stderr)
             continue
-        runs[f'{", ".join(map(str, tile))}{" (in use)" if tile == used else ""}'] = run
+        runs[tile] = run
     return setting.measure(runs, x)
+
+
+def in_use(setting: Setting, shape: Shape) -> Tile:
+    """The tile that the kernel takes for a shape."""
+    weight = torch.empty(max(shape[0] // 2, 1), shape[0], device=setting.device, dtype=setting.dtype)
+    return atac.tile_for(setting.map(shape), weight)
+
+
+def tune(setting: Setting, shape: Shape) -> dict[str, list[float]]:
+    """Seconds by name of a tile, or 'copy', and round."""
+    used = in_use(setting, shape)
+    times = measure(setting, shape, dict.fromkeys((used, *tiles(shape[0], max(shape[0] // 2, 1)))))
+    return {
+        'copy' if tile == 'copy' else f'{", ".join(map(str, tile))}{" (in use)" if tile == used else ""}': seconds
+        for tile, seconds in times.items()
+    }
 
 
 def _launch(parameters: list[torch.Tensor], tile: Tile, x: torch.Tensor) -> torch.Tensor:

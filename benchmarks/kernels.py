@@ -52,7 +52,7 @@ class Setting(NamedTuple):
         x = torch.randn(self.batch, *shape, device=self.device, dtype=self.dtype)
         return x.contiguous(memory_format=self.layout)
 
-    def measure(self, runs: dict[str, Callable[[torch.Tensor], object]], x: torch.Tensor) -> dict[str, list[float]]:
+    def measure(self, runs: dict[Any, Callable[[torch.Tensor], object]], x: torch.Tensor) -> dict[Any, list[float]]:
         """Seconds a call, by round."""
         cuda = self.device.type == 'cuda'
         copies = min(512, max(1, round(CACHE / (x.numel() * x.element_size())))) if cuda else 1
@@ -89,11 +89,11 @@ def forms(unit: ATAC, names: Sequence[str], setting: Setting) -> dict[str, Calla
             module = torch.compile(module)
         elif name == 'max-autotune':
             module = torch.compile(module, mode='max-autotune-no-cudagraphs')
-        runs[name] = partial(_infer, module)
+        runs[name] = partial(infer, module)
     return runs
 
 
-def _infer(module: Any, x: torch.Tensor) -> torch.Tensor:
+def infer(module: Any, x: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
         return module(x)
 
@@ -109,8 +109,15 @@ def copied(x: torch.Tensor) -> torch.Tensor:
     return x.clone(memory_format=torch.preserve_format)
 
 
-def training(setting: Setting, shape: Shape, names: Sequence[str]) -> dict[str, list[float]]:
-    """Both ways, eagerly, under autocast where the type is a narrow one."""
+def training(setting: Setting, shape: Shape, names: Sequence[str], graphs: bool = False) -> dict[str, list[float]]:
+    """Both ways, under autocast where the type is a narrow one.
+
+    Args:
+        setting: Where, and of what.
+        shape: Of the map.
+        names: Of the forms.
+        graphs: Whether CUDA graphs are timed, which leaves Python out; else each call, as a training loop makes it.
+    """
     torch.compiler.reset()
     x, grad = setting.map(shape), setting.map(shape)
     plain = unit_for(shape[0]).train()
@@ -122,6 +129,8 @@ def training(setting: Setting, shape: Shape, names: Sequence[str]) -> dict[str, 
     runs: dict[str, Callable[[], object]] = {'copy': partial(torch.empty_like(x).copy_, x)}
     wanted = x.detach().requires_grad_()
     runs |= {name: partial(_both_ways, setting, name, modules[name], wanted, grad) for name in names}
+    if graphs:
+        runs = {name: captured(run, setting.device) for name, run in runs.items()}
     return interleaved(runs, setting.rounds, setting.device, at_least=0.02)
 
 

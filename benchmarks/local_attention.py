@@ -135,7 +135,7 @@ def measure(text: str, shape: tuple[int, int, int], args: argparse.Namespace, de
     made = forms(args.forms, shape, device, dtype)
     runs: dict[str, Callable[[], object]] = {}
     for name, form in made.items():
-        runs[name] = partial(_infer if args.inference else _step, form, tensors)
+        runs[name] = partial(_infer if args.inference else step, form, tensors)
     times = interleaved(runs, args.rounds, device, at_least=0.02)
     for name, form in made.items():
         kept = '-'
@@ -148,7 +148,7 @@ def measure(text: str, shape: tuple[int, int, int], args: argparse.Namespace, de
         )
 
 
-def _step(form: Form, tensors: list[torch.Tensor]) -> None:
+def step(form: Form, tensors: list[torch.Tensor]) -> None:
     y = form(*tensors, HEADS)
     torch.autograd.grad(y, tensors, torch.ones_like(y), allow_unused=True)  # the convolution has one input
 

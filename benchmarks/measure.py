@@ -75,7 +75,7 @@ def captured(run: Callable[[], object], device: torch.device, pool: Any = None) 
     return graph.replay
 
 
-def ratio(times: Mapping[str, list[float]], name: str, base: str) -> Spread:
+def ratio(times: Mapping[Any, list[float]], name: Any, base: Any) -> Spread:
     """Of the times of two within each round."""
     return Spread.of([mine / other for mine, other in zip(times[name], times[base], strict=True)])
 

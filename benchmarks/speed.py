@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import timm
 import torch
 import torch.nn as nn
+from checkpointed import CheckpointedATAC
 from measure import Spread, bytes_kept, device_name, interleaved, peak_memory, ratio, runs_kernels
 
 import timm_atac
@@ -36,6 +37,8 @@ MODELS: dict[str, Callable[[], Any]] = {
     'resnet50, prelu': partial(timm.create_model, 'resnet50', act_layer='prelu'),
     'atac_resnet50, plain': partial(timm.create_model, 'atac_resnet50', act_layer=ATAC),
     'atac_resnet50_full, plain': partial(timm.create_model, 'atac_resnet50_full', act_layer=ATAC),
+    'atac_resnet50, checkpoint': partial(timm.create_model, 'atac_resnet50', act_layer=CheckpointedATAC),
+    'atac_resnet50_full, checkpoint': partial(timm.create_model, 'atac_resnet50_full', act_layer=CheckpointedATAC),
 }
 FUSED = ('resnet50', 'atac_resnet50', 'atac_resnet50_full', 'seresnet50')
 MODES = {  # channels_last, autocast to bfloat16, weights and images of bfloat16, torch.compile
@@ -59,13 +62,14 @@ class Mode(NamedTuple):
     half: bool
     compiled: bool
     device: torch.device
+    compile_mode: str = 'max-autotune-no-cudagraphs'  # on a GPU
 
     def prepare(self, module: Any) -> Any:
         module = module.to(self.device, torch.bfloat16 if self.half else None)
         if self.channels_last:
             module = module.to(memory_format=torch.channels_last)
         if self.compiled:
-            return torch.compile(module, mode='max-autotune-no-cudagraphs' if self.device.type == 'cuda' else None)
+            return torch.compile(module, mode=self.compile_mode if self.device.type == 'cuda' else None)
         return module
 
     def tensor(self, *shape: int) -> torch.Tensor:
@@ -123,7 +127,8 @@ def training(mode: Mode, names: list[str], batch: int, size: int, rounds: int, k
         optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
         prepared = mode.prepare(model)
         # compiled, or with norms of bfloat16, a unit in training is left to PyTorch
-        has_kernels = kernels and _has_units(model) and not mode.compiled and not mode.half
+        has_kernels = kernels and any(isinstance(m, ATACMe) for m in model.modules())
+        has_kernels = has_kernels and not mode.compiled and not mode.half
         for by_kernel in (False, True) if has_kernels else (False,):
             label = f'{name}, kernels' if by_kernel else name
             timm_atac.use_kernels(by_kernel)

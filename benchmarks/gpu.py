@@ -1,0 +1,250 @@
+#!/usr/bin/env python
+"""Everything that is to be measured on a GPU, in one command and a few minutes. It needs no network.
+
+    PYTHONPATH=. python benchmarks/gpu.py --minutes 9 --out gpu_report
+    PYTHONPATH=. python benchmarks/gpu.py --out gpu_report --images cifar10-jpeg.tar.xz    # with trainings
+    PYTHONPATH=. python benchmarks/gpu.py --device cpu --small --out /tmp/report           # shows that it all runs
+
+It needs Python with torch, triton, timm and pytest. A stage or a test file that lacks another package is skipped, and
+the report says which. Each stage is a process group of its own within its share of the time; time that a stage leaves
+is for those after it. Every row is in OUT/rows.jsonl as soon as it is there, and OUT/report.md is written anew with it.
+"""
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
+
+from gpu_report import report, summary
+from gpu_stages.stage import SKIPPED, read_rows
+
+ROOT = Path(__file__).parent.parent
+MOST_BYTES = 15_000_000  # of the log
+TESTS = (
+    'test_kernels.py',
+    'test_kernels_training.py',
+    'test_kernel_ops.py',
+    'test_lean.py',
+    'test_fused.py',
+    'test_checkpointed.py',
+    'test_kernels_benchmarks.py',
+)
+
+
+class Plan(NamedTuple):
+    """A stage.
+
+    Attributes:
+        share: Of the time.
+        steps: The arguments of its processes, one after the other.
+        at_least: Seconds that it may take even if its share is less.
+        takes_rest: Whether time that the stages before have left is for it.
+    """
+
+    share: float
+    steps: tuple[tuple[str, ...], ...] = ((),)
+    at_least: float = 0.0
+    takes_rest: bool = True
+
+
+PLANS = {
+    'machine': Plan(0.05, at_least=60),  # reads torch and timm from a cold disk
+    'correct': Plan(0.17, (TESTS,)),
+    'units': Plan(0.16),
+    'networks': Plan(0.25, (('inference', 'training'), ('compiled',))),
+    'attention': Plan(0.10, (('forms', 'networks', 'flex'),)),
+    'tiles': Plan(0.08, takes_rest=False),
+    'cifar': Plan(0.12),
+    'grid': Plan(0.07),
+}
+SMALL_TESTS = ('test_kernels.py', 'test_checkpointed.py')  # the others take longer than all else
+
+
+class Ended(NamedTuple):
+    """How a step ended: 'done', 'skipped', 'failed' or 'out of time'."""
+
+    stage: str
+    step: str
+    how: str
+    seconds: float
+
+
+def environment(device: str, cache: Path) -> dict[str, str]:
+    """For the stages: our modules without an installation, and all caches in a temporary folder."""
+    paths = [ROOT, ROOT / 'benchmarks', ROOT / 'train_scripts', os.environ.get('PYTHONPATH', '')]
+    found = os.environ | {
+        'PYTHONPATH': os.pathsep.join(map(str, filter(None, paths))),
+        'PYTHONUNBUFFERED': '1',
+        'TORCHINDUCTOR_CACHE_DIR': str(cache / 'inductor'),
+        'TORCHINDUCTOR_FORCE_DISABLE_CACHES': '0',  # a network is compiled once, in a folder that is new
+        'TRITON_CACHE_DIR': str(cache / 'triton'),
+        'TMPDIR': str(cache),
+    }
+    torch = find_spec('torch')
+    if torch is not None and torch.origin and (Path(torch.origin).parent / '__pycache__').is_dir():
+        found['PYTHONDONTWRITEBYTECODE'] = '1'
+    else:  # nothing is compiled yet, and each process would do it again
+        found['PYTHONPYCACHEPREFIX'] = str(cache / 'bytecode')
+    return found | ({'TRITON_INTERPRET': '1'} if device == 'cpu' else {})  # the kernels' code runs, slowly
+
+
+def run_step(
+    command: list[str], seconds: float, env: dict[str, str], log: Path, tick: Callable[[], object]
+) -> tuple[str, int]:
+    """Run a command in a process group of its own, which is ended when its time is over.
+
+    Args:
+        command: What is run.
+        seconds: Its time.
+        env: Its environment.
+        log: File that its output is added to.
+        tick: Is called every half second, and at the end.
+
+    Returns:
+        How it ended, and its exit status.
+    """
+    end = time.monotonic() + seconds
+    with open(log, 'ab') as output:
+        child = subprocess.Popen(
+            command, env=env, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
+        )
+        try:
+            while child.poll() is None and time.monotonic() < end:
+                time.sleep(0.1 if seconds < 5 else 0.5)
+                tick()
+            is_late = child.poll() is None
+        finally:
+            _end_group(child)
+    tick()
+    if is_late:
+        return 'out of time', child.returncode
+    return {0: 'done', SKIPPED: 'skipped'}.get(child.returncode, 'failed'), child.returncode
+
+
+def _end_group(child: subprocess.Popen) -> None:
+    """End what is left of a process group: asked first, then without asking."""
+    for number, patience in ((signal.SIGTERM, 1.0), (signal.SIGKILL, 5.0)):
+        try:
+            os.killpg(child.pid, number)
+        except (ProcessLookupError, PermissionError):  # macOS has the second of a group that has ended
+            break
+        try:
+            child.wait(timeout=patience)
+        except subprocess.TimeoutExpired:
+            continue
+    child.wait()
+
+
+def command_of(stage: str, step: Sequence[str], seconds: float, args: argparse.Namespace) -> list[str]:
+    """The command of a step."""
+    command = [sys.executable, '-m', f'gpu_stages.{stage}', '--device', args.device, '--seconds', f'{seconds:.1f}']
+    command += ['--rows', str(args.out / 'rows.jsonl'), *['--small'] * args.small]
+    return [*command, *(['--images', str(args.images)] if args.images else []), *step]
+
+
+def run_all(args: argparse.Namespace, cache: Path) -> list[Ended]:
+    """Run the stages; the report is in place after each row."""
+    out: Path = args.out
+    rows, log = out / 'rows.jsonl', out / 'log.txt'
+    env = environment(args.device, cache)
+    start = time.monotonic()
+    total = 60 * args.minutes
+    ended: list[Ended] = []
+    seen = -1
+
+    def write(force: bool = False) -> None:
+        nonlocal seen
+        size = rows.stat().st_size if rows.exists() else 0
+        if force or size != seen:
+            seen = size
+            _replace(out / 'report.md', report(read_rows(rows), ended, args))
+
+    saved = 0.0
+    for name in args.stages:
+        plan = PLANS[name]
+        begun = time.monotonic()
+        is_last = name == args.stages[-1]
+        rest = start + total - begun
+        own = max(plan.share * total, plan.at_least)
+        share = rest if is_last else min(rest, own + max(saved, 0) * plan.takes_rest)
+        steps = (SMALL_TESTS,) if args.small and name == 'correct' else plan.steps
+        for index, step in enumerate(steps):
+            left = begun + share - time.monotonic()
+            if left < 1:
+                ended.append(Ended(name, ' '.join(step), 'out of time', 0.0))
+                continue
+            # a step that hangs leaves something for those after it
+            seconds = left if index + 1 == len(steps) else 0.7 * left
+            step_start = time.monotonic()
+            print(f'{name} {" ".join(step)}: at most {seconds:.0f} s', flush=True)
+            how, status = run_step(command_of(name, step, seconds, args), seconds, env, log, write)
+            ended.append(Ended(name, ' '.join(step), how, time.monotonic() - step_start))
+            print(f'    {how}{f", exit status {status}" if how == "failed" else ""}', flush=True)
+            write(force=True)
+        saved += plan.share * total - (time.monotonic() - begun)
+    return ended
+
+
+def _replace(path: Path, text: str) -> None:
+    new = path.with_name(f'.{path.name}')
+    new.write_text(text, encoding='utf-8')
+    os.replace(new, path)
+
+
+def _shorten(log: Path) -> None:
+    """Cut the middle of a log that is too long."""
+    content = log.read_bytes()
+    if len(content) > MOST_BYTES:
+        half = MOST_BYTES // 2
+        log.write_bytes(content[:half] + b'\n[...]\n' + content[-half:])
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--minutes', type=float, default=9.0, help='of all stages together (default: 9)')
+    parser.add_argument('--out', type=Path, required=True, metavar='DIR', help='of the report; new, or empty')
+    parser.add_argument(
+        '--stages', nargs='+', choices=PLANS, default=list(PLANS), metavar='STAGE', help=', '.join(PLANS)
+    )
+    parser.add_argument('--device', choices=('cuda', 'cpu'), default='cuda')
+    parser.add_argument(
+        '--small', action='store_true', help='tiny sizes: shows that all stages run, and measures nothing'
+    )
+    parser.add_argument('--images', type=Path, metavar='FILE', help='archive of the JPEG copy of CIFAR-10')
+    args = parser.parse_args(argv)
+    if args.minutes <= 0:
+        parser.error(f'argument --minutes: {args.minutes:g} is not above 0')
+    if args.device == 'cpu' and not args.small:
+        parser.error('argument --device: cpu goes with --small alone; benchmarks/speed.py measures a CPU')
+    if args.images and not args.images.is_file():
+        parser.error(f'argument --images: {args.images} is not a file')
+    if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
+        parser.error(f'argument --out: {args.out} is there already; give a new folder')
+    args.stages = [name for name in PLANS if name in args.stages]
+    args.out, args.images = args.out.resolve(), args.images and args.images.resolve()
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse(argv)
+    args.out.mkdir(parents=True, exist_ok=True)
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the stage that runs, too
+    try:
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as cache:
+            ended = run_all(args, Path(cache))
+            _shorten(args.out / 'log.txt')
+            print(summary(read_rows(args.out / 'rows.jsonl'), ended, args), flush=True)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    return 1 if any(step.how == 'failed' for step in ended) else 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())

@@ -1,0 +1,119 @@
+"""The grid of the ablation, in several processes on one card, until the time is up."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+import zipfile
+from pathlib import Path
+
+from gpu_stages.stage import Stage, main
+
+ROOT = Path(__file__).parents[2]
+LEAST_SECONDS = 60
+MOST_BYTES = 15_000_000  # of the archive of networks
+# by value, as docs/results.md has them
+GRID = (
+    (1, 'relu atac se_act local_se nin silu xunit', 3),
+    (2, 'relu atac se_act', 3),
+    (3, 'relu atac', 3),
+    (4, 'relu atac', 3),
+)
+
+
+def run(stage: Stage) -> None:
+    """Train until the time is up; what is finished goes to the folder of the rows every few seconds."""
+    with tempfile.TemporaryDirectory() as temporary:
+        data = Path(temporary)
+        if stage.images is None:
+            stage.skip('the grid on CIFAR-10', 'no --images')
+            if not stage.small:
+                return
+            commands = [
+                _command(stage, data, ['--datasets', 'digits', '--epochs', '1', '--size', '8', '--acts', 'relu'])
+            ]
+        else:
+            if stage.left() < LEAST_SECONDS:
+                stage.skip(
+                    'the grid on CIFAR-10', f'{stage.left():.0f} s are left, of which reading the images takes 30'
+                )
+                return
+            (data / 'cifar10-jpeg').mkdir()
+            with tarfile.open(stage.images) as archive:
+                archive.extractall(data / 'cifar10-jpeg', filter='data')
+            commands = [
+                _command(stage, data, ['--datasets', 'cifar10-jpeg', '--data-dir', temporary, '--recipe', 'short',
+                                       '--acts', *acts.split(), '--blocks', str(blocks), '--seeds', str(seeds)])
+                for blocks, acts, seeds in GRID
+            ]  # fmt: skip
+        count = 1 if stage.small else min(8, max(1, (os.cpu_count() or 2) // 2))
+        _train(stage, commands, count, data / 'results')
+
+
+def _command(stage: Stage, data: Path, options: list[str]) -> list[str]:
+    script = str(ROOT / 'train_scripts' / 'ablation.py')
+    where = ['--device', stage.device, '--output', str(data / 'results'), '--export']
+    return [sys.executable, script, *options, *where, *(['--seeds', '1'] if stage.small else [])]
+
+
+def _train(stage: Stage, commands: list[list[str]], count: int, results: Path) -> None:
+    """Run the commands one after the other, `count` processes each at the same time, and collect what is there."""
+    for command in commands:
+        children = [subprocess.Popen(command, env={**os.environ, 'OMP_NUM_THREADS': '1'}) for _ in range(count)]
+        while any(child.poll() is None for child in children) and stage.left() > 10:
+            time.sleep(1)
+            collect(results, stage.rows.parent)
+        was_late = any(child.poll() is None for child in children)
+        for child in children:
+            if child.poll() is None:
+                child.send_signal(signal.SIGINT)  # they say what is left, and the row of a run is whole or not there
+        end = time.monotonic() + 4
+        for child in children:
+            try:
+                child.wait(timeout=max(0.1, end - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                child.kill()
+        collect(results, stage.rows.parent)
+        rows = results / 'ablation.csv'
+        done = rows.read_text().count('\n') - 1 if rows.exists() else 0
+        stage.emit('grid', options=' '.join(command[2:]), processes=count, finished_runs=done)
+        failed = [child.returncode for child in children if child.returncode not in (0, 130)]
+        if failed and not was_late:
+            stage.emit('errors', what='ablation.py', error=f'exit status {failed[0]}; see the log')
+        if was_late:
+            break
+
+
+def collect(results: Path, out: Path) -> None:
+    """Copy rows and curves, and the networks of seed 0 as long as they fit, to a folder of few files."""
+    rows, copied = results / 'ablation.csv', out / 'ablation.csv'
+    curves = sorted((results / 'curves').glob('*.csv'))
+    if curves:
+        _zip(out / 'curves.zip', curves, results)
+    if not rows.exists() or (copied.exists() and copied.read_bytes() == rows.read_bytes()):
+        return
+    size = 0
+    fitting = []
+    for path in sorted(results.glob('*_seed0*/model.safetensors')):
+        size += path.stat().st_size
+        if size < MOST_BYTES:
+            fitting += [path, path.parent / 'config.json']
+    _zip(out / 'networks.zip', fitting, results)
+    shutil.copy(rows, out / '.ablation.csv')
+    os.replace(out / '.ablation.csv', copied)
+
+
+def _zip(path: Path, files: list[Path], root: Path) -> None:
+    new = path.with_name(f'.{path.name}')
+    with zipfile.ZipFile(new, 'w', zipfile.ZIP_DEFLATED) as archive:
+        for file in files:
+            archive.write(file, file.relative_to(root))
+    os.replace(new, path)
+
+
+if __name__ == '__main__':
+    main('grid', run)

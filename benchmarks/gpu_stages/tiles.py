@@ -1,0 +1,89 @@
+"""Other tiles for the unit's kernel, where it loses or is far from a copy: the nearest to the one in use first."""
+
+import itertools
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import kernel_tiles
+import torch
+from kernels import Shape
+from measure import Spread, ratio, runs_kernels
+
+from gpu_stages.stage import Stage, main, read_rows
+from gpu_stages.units import SHAPES, SMALL, setting
+from timm_atac.kernels.atac import Tile
+
+GOOD = 0.7  # share of a copy that is not looked at further
+CHUNK = 8  # tiles that are measured together, and reported
+
+
+def wanted(rows: list[dict[str, Any]]) -> list[Shape]:
+    """The shapes at which the kernel lost in bfloat16 or is far from a copy, the farthest first."""
+    shares: dict[str, dict[str, float]] = {}
+    for row in rows:
+        if row['stage'] == 'units' and row['table'] == 'inference' and row['dtype'] == 'bfloat16':
+            shares.setdefault(row['shape'], {})[row['form']] = row['share_of_copy']
+    found = {}
+    for shape, share in shares.items():
+        others = [value for form, value in share.items() if form not in ('copy', 'ReLU', 'kernel')]
+        if 'kernel' in share and (share['kernel'] < GOOD or share['kernel'] < max(others, default=0)):
+            channels, height, width = map(int, shape.split('x'))
+            found[channels, height, width] = share['kernel']
+    return sorted(found, key=lambda shape: found[shape])
+
+
+def by_distance(used: Tile, tiles: list[Tile]) -> list[Tile]:
+    """The tiles, those that differ from the one in use in the fewest fields first."""
+    return sorted(tiles, key=lambda tile: sum(a != b for a, b in zip(tile, used, strict=True)))
+
+
+def chunks(tiles: list[Tile], size: int) -> Iterator[list[Tile]]:
+    rest = iter(tiles)
+    while chunk := list(itertools.islice(rest, size)):
+        yield chunk
+
+
+def _search(stage: Stage, shape: Shape, share: float) -> None:
+    """Measure tiles beside the one in use until this shape's share of the time is over."""
+    end = stage.left() * (1 - share)
+    where = setting(stage, 'bfloat16', rounds=7)
+    used = kernel_tiles.in_use(where, shape)
+    tiles = [tile for tile in kernel_tiles.tiles(shape[0], max(shape[0] // 2, 1)) if tile != used]
+    for chunk in chunks(by_distance(used, tiles), 2 if stage.small else CHUNK):
+        times = kernel_tiles.measure(where, shape, [used, *chunk])
+        for tile in (used, *chunk):
+            if tile not in times:
+                stage.emit('refused', shape='x'.join(map(str, shape)), tile=list(tile))
+                continue
+            stage.emit(
+                'tiles',
+                shape='x'.join(map(str, shape)),
+                tile=list(tile),
+                in_use=tile == used,
+                us=Spread.of(times[tile]).median * 1e6,
+                share_of_copy=1 / ratio(times, tile, 'copy').median,
+                over_used=ratio(times, tile, used).median,
+            )
+        if stage.small or stage.left() < end:
+            return
+
+
+def run(stage: Stage) -> None:
+    device = torch.device(stage.device)
+    if not runs_kernels(device):
+        stage.skip('tiles', f'no kernel runs on {device}')
+        return
+    rows = read_rows(stage.rows)
+    shapes = SMALL if stage.small else wanted(rows)
+    if not any(row['stage'] == 'units' and row.get('form') == 'kernel' for row in rows) and not stage.small:
+        shapes = SHAPES  # they were not measured
+    if not shapes:
+        stage.skip('tiles', f'at no shape does the kernel lose, or reach less than {GOOD:.0%} of a copy')
+    for index, shape in enumerate(shapes):
+        share = 1 / (len(shapes) - index)
+        stage.attempt(str(shape), partial(_search, stage, shape, share))
+
+
+if __name__ == '__main__':
+    main('tiles', run)
