@@ -28,7 +28,8 @@ class FrozenTrainer(Trainer):
     def fit(self, checkpoint: Path, *args: Any) -> Any:
         end = super().fit(checkpoint, *args)
         if self.machine.rank == 0:
-            save_file(self.model.state_dict(), checkpoint.parent.parent / 'weights.safetensors')
+            weights = {name: tensor.contiguous() for name, tensor in self.model.state_dict().items()}
+            save_file(weights, checkpoint.parent.parent / 'weights.safetensors')
         return end
 
 
