@@ -20,10 +20,10 @@ from unittest import mock
 sys.path.insert(0, str(Path(__file__).parent.parent / 'train_scripts'))
 
 import torch
-import training
-from grid import RECIPES, Run, activation
-from image_data import CIFAR_MEAN, CIFAR_STD, ImageData, Split
-from provenance import device_name
+from ablations import trainer as training
+from ablations.grid import RECIPES, Run, activation
+from ablations.image_data import CIFAR_MEAN, CIFAR_STD, ImageData, Split
+from ablations.provenance import device_name
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 

@@ -21,11 +21,11 @@ sys.path.insert(0, str(Path(__file__).parent.parent / 'train_scripts'))
 
 import torch
 from ablation_epoch import random_images
-from grid import RECIPES, Run, activation
-from measure import Spread, interleaved, ratio
-from provenance import device_name
+from ablations.grid import RECIPES, Run, activation
+from ablations.provenance import device_name
+from ablations.trainer import Machine, Trainer
+from measuring.timing import Spread, interleaved, ratio
 from torch.profiler import ProfilerActivity, profile
-from training import Machine, Trainer
 
 
 class Form(NamedTuple):

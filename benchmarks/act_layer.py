@@ -78,7 +78,7 @@ def build(names: list[str], ways: dict[str, str]) -> dict[str, dict[str, float]]
     torch.set_num_threads(1)
     spent = [0.0]
     if ways:
-        from timm_atac import complete
+        from timm_atac.units import deferred as complete
 
         on_registration = complete._on_registration
 

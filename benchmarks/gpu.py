@@ -22,7 +22,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
-from gpu_report import report, summary
+from gpu_stages.report import report, summary
 from gpu_stages.stage import SKIPPED, read_rows
 
 ROOT = Path(__file__).parent.parent
@@ -31,8 +31,8 @@ TESTS = (
     'test_kernels.py',
     'test_kernels_training.py',
     'test_kernel_ops.py',
-    'test_lean.py',
-    'test_fused.py',
+    'test_memory_efficient.py',
+    'test_fuse.py',
     'test_checkpointed.py',
     'test_kernels_benchmarks.py',
 )

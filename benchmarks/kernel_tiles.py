@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from kernels import Setting, Shape, copied, setting_of
-from measure import Spread, ratio
+from measuring.timing import Spread, ratio
 
 from timm_atac.kernels import atac
 from timm_atac.kernels.atac import Tile

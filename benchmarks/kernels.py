@@ -19,7 +19,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from measure import Spread, captured, device_name, interleaved, ratio, runs_kernels
+from measuring.timing import Spread, captured, device_name, interleaved, ratio, runs_kernels
 from speed import shapes
 
 import timm_atac

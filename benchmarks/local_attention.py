@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from measure import Spread, bytes_kept, device_name, interleaved, peak_memory, ratio
+from measuring.timing import Spread, bytes_kept, device_name, interleaved, peak_memory, ratio
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
-from timm_atac.local_attention import local_attention
+from timm_atac.units.local_attention import local_attention
 
 SHAPES = ('64x56x56', '128x28x28', '256x14x14', '512x7x7')
 WINDOW, HEADS = 7, 8

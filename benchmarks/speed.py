@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 import timm
 import torch
 import torch.nn as nn
-from checkpointed import CheckpointedATAC
-from measure import Spread, bytes_kept, device_name, interleaved, peak_memory, ratio, runs_kernels
+from measuring.checkpointed import CheckpointedATAC
+from measuring.timing import Spread, bytes_kept, device_name, interleaved, peak_memory, ratio, runs_kernels
 
 import timm_atac
 from timm_atac import ATAC, ATACMe, fuse

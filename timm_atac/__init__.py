@@ -1,4 +1,4 @@
-"""timm_atac: the ATAC networks of "Attention as Activation" in timm. The public names, loaded on first use."""
+"""timm_atac: the ATAC networks of "Attention as Activation" in timm. The public names are loaded on first use."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -6,59 +6,54 @@ from typing import TYPE_CHECKING, Any
 from ._autoload import arm as _arm
 
 if TYPE_CHECKING:
-    from . import viz as viz
-    from .atac_resnet import AtacResNet as AtacResNet
-    from .cifar_resnet import CifarResNet as CifarResNet
-    from .fused import fuse as fuse
-    from .gates import Sine as Sine
-    from .gates import gate as gate
-    from .kernels.switch import use_kernels as use_kernels
-    from .layers import ATAC as ATAC
-    from .layers import LocalSE as LocalSE
-    from .layers import NiN as NiN
-    from .layers import SEActivation as SEActivation
-    from .lean import ATACMe as ATACMe
-    from .replace import replace_activations as replace_activations
-    from .weights.params import ParamsError as ParamsError
-    from .weights.params import read_params as read_params
-    from .weights.params import write_params as write_params
-    from .xunit import XUnit as XUnit
+    from .gates import pictures as viz
+    from .gates.gate import gate
+    from .inference.fuse import fuse
+    from .kernels.switch import use_kernels
+    from .models.atac_resnet import AtacResNet
+    from .models.cifar_resnet import CifarResNet
+    from .replace.activations import replace_activations
+    from .units.atac import ATAC, LocalSE, NiN, SEActivation
+    from .units.memory_efficient import ATACMe
+    from .units.sine import Sine
+    from .units.xunit import XUnit
+    from .weights.params import ParamsError, read_params, write_params
 
 __version__ = '0.1.0'
 
+# public name -> the module that defines it; tests/registration/test_package.py compares it with the imports above
 _HOMES = {
-    'ATAC': 'layers',
-    'ATACMe': 'lean',
-    'AtacResNet': 'atac_resnet',
-    'CifarResNet': 'cifar_resnet',
-    'LocalSE': 'layers',
-    'NiN': 'layers',
+    'ATAC': 'units.atac',
+    'ATACMe': 'units.memory_efficient',
+    'AtacResNet': 'models.atac_resnet',
+    'CifarResNet': 'models.cifar_resnet',
+    'LocalSE': 'units.atac',
+    'NiN': 'units.atac',
     'ParamsError': 'weights.params',
-    'SEActivation': 'layers',
-    'Sine': 'gates',
-    'XUnit': 'xunit',
-    'fuse': 'fused',
-    'gate': 'gates',
+    'SEActivation': 'units.atac',
+    'Sine': 'units.sine',
+    'XUnit': 'units.xunit',
+    'fuse': 'inference.fuse',
+    'gate': 'gates.gate',
     'read_params': 'weights.params',
-    'replace_activations': 'replace',
+    'replace_activations': 'replace.activations',
     'use_kernels': 'kernels.switch',
     'write_params': 'weights.params',
 }
-_MODULES = ('viz',)
-__all__ = [*_HOMES, '__version__']
+__all__ = [*_HOMES, '__version__', 'viz']
 
 
 def __getattr__(name: str) -> Any:
-    if name in _MODULES:
-        return import_module(f'{__name__}.{name}')
+    if name == 'viz':
+        return import_module(f'{__name__}.gates.pictures')
     if name not in _HOMES:
         raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
-    _arm()  # in case timm came by another way than the hook
+    _arm()  # in case another finder than the hook has found timm
     return getattr(import_module(f'{__name__}.{_HOMES[name]}'), name)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOMES, *_MODULES})
+    return sorted({*globals(), *__all__})
 
 
 _arm()

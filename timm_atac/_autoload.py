@@ -17,9 +17,7 @@ from types import ModuleType
 from typing import Any
 
 _HOST = 'timm.models'
-_LIGHT = ('atomic', 'cli', 'commands', 'published', 'weights', 'weights.params')  # need neither torch nor timm
 _done = False  # registered, or tried to
-_waiting: set[str] = set()  # modules of ours whose import waits for timm, and registers after it
 
 
 def arm() -> None:
@@ -33,36 +31,33 @@ def arm() -> None:
 
 
 class _Hook:
-    """Finder on `sys.meta_path` that lets the others find `timm.models` and our modules, and then stands in as loader.
+    """Finder on `sys.meta_path` that lets the other finders find `timm.models`, and then stands in as its loader.
 
-    Nothing is imported here: find_spec runs under the interpreter's import lock.
+    `find_spec` imports nothing, because it runs under the interpreter's import lock.
     """
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        loader: type[_Loader]
-        if name == _HOST:
-            loader = _HostLoader
-        elif name.startswith('timm_atac.') and name.removeprefix('timm_atac.') not in _LIGHT and not _done:
-            loader = _OwnLoader
-        else:
+        if name != _HOST:
             return None
         for finder in sys.meta_path:
             find_spec = getattr(finder, 'find_spec', None)
             spec = None if finder is self or find_spec is None else find_spec(name, path, target)
             if spec is not None:
                 if spec.loader is not None:
-                    spec.loader = loader(spec.loader)  # type: ignore[assignment]
+                    spec.loader = _Loader(spec.loader)  # type: ignore[assignment]
                 return spec
         return None
 
 
 class _Loader:
-    """Stands in for a module's loader until its code runs, then puts it back."""
+    """Stands in for the loader of `timm.models`, puts it back, and registers when the module is complete."""
 
     def __init__(self, loader: Any) -> None:
         self._loader = loader
 
     def __getattr__(self, name: str) -> Any:
+        if name == '_loader':  # a copy that has not been initialised
+            raise AttributeError(name)
         return getattr(self._loader, name)
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
@@ -73,48 +68,7 @@ class _Loader:
             module.__spec__.loader = self._loader
         module.__loader__ = self._loader
         self._loader.exec_module(module)
-
-
-class _HostLoader(_Loader):
-    """Registers at the end of `timm.models`."""
-
-    def exec_module(self, module: ModuleType) -> None:
-        super().exec_module(module)
-        if not _waiting:
-            _register()
-
-
-class _OwnLoader(_Loader):
-    """Imports timm and registers before a module of ours begins.
-
-    Otherwise a module of ours that is imported first would import timm, and the registration would find it half done.
-    Where several threads do so at once, the last one registers, when its module is complete.
-    """
-
-    _loaded: ModuleType | None = None
-
-    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        _waiting.add(spec.name)
-        try:
-            importlib.import_module(_HOST)
-            if _waiting == {spec.name}:
-                _register()
-            self._loaded = sys.modules.get(spec.name)  # the registration's
-            return self._loaded or super().create_module(spec)
-        except BaseException:
-            _waiting.discard(spec.name)
-            raise
-
-    def exec_module(self, module: ModuleType) -> None:
-        try:
-            if module is not self._loaded:
-                super().exec_module(module)
-            elif module.__spec__ is not None:
-                module.__spec__.loader = self._loader
-        finally:
-            _waiting.discard(module.__name__)
-        if not _waiting:
-            _register()
+        _register()
 
 
 def _register() -> None:

@@ -27,11 +27,11 @@ def register() -> None:
     from timm.models import is_model, model_entrypoint, register_model
 
     from . import _timm
-    from .layers import ACTIVATIONS as activations
-    from .lean import ACTIVATIONS_ME as lean
+    from .units.atac import ACTIVATIONS as activations
+    from .units.memory_efficient import ACTIVATIONS_ME as lean
 
     gains = {'atac': GATED, 'se_act': GATED, 'nin': 1.0, 'xunit': GAUSSIAN}  # NiN ends with a BN
-    modules = [import_module(f'{__package__}.{name}') for name in MODULES]
+    modules = [import_module(f'{__package__}.models.{name}') for name in MODULES]
     networks = {name: getattr(module, name) for module in modules for name in module.default_cfgs}
 
     taken = [f'activation {name!r}' for name, act in activations.items() if _timm.acts(name) - {act, lean.get(name)}]

@@ -22,17 +22,17 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from grid import Run, create_model
-from image_data import DataError, ImageData, hold_out, load
-from network_folder import write_folder
-from options import parse_args, runs
-from provenance import commit
-from run_log import CsvLog, Log, LogError, TensorBoardLog, WandbLog
-from store import Result, Row, Store, StoreError
-from tables import tables, write
+from ablations.grid import Run, create_model
+from ablations.image_data import DataError, ImageData, hold_out, load
+from ablations.network_folder import write_folder
+from ablations.options import parse_args, runs
+from ablations.provenance import commit
+from ablations.run_log import CsvLog, Log, LogError, TensorBoardLog, WandbLog
+from ablations.store import Result, Row, Store, StoreError
+from ablations.tables import tables, write
+from ablations.trainer import CheckpointError, Machine, Progress, Trainer
 from timm.utils import init_distributed_device
 from tqdm import tqdm
-from training import CheckpointError, Machine, Progress, Trainer
 
 
 def set_up(args: argparse.Namespace) -> Machine:

@@ -9,28 +9,10 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-import torch.nn.functional as F
+from ablations.digits import NUM_TRAIN, load_digits
 from PIL import Image
 
-from timm_atac.atomic import new_folder
-
-NUM_TRAIN = 1000
-SPLIT_SEED = 0  # the same split for every run
-
-
-def load_digits(size: int) -> tuple[tuple[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
-    """Training and test set: images (N, 1, size, size) as uint8, bilinearly scaled from 8x8, and labels (N,)."""
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    images = torch.from_numpy(digits.images).float().unsqueeze(1) / 16
-    images = F.interpolate(images, size=(size, size), mode='bilinear', align_corners=False)
-    images = (images * 255).round().to(torch.uint8)
-    labels = torch.from_numpy(digits.target).long()
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(SPLIT_SEED))
-    train, test = order[:NUM_TRAIN], order[NUM_TRAIN:]
-    return (images[train], labels[train]), (images[test], labels[test])
+from timm_atac._files import new_folder
 
 
 def write_image_folder(folder: Path) -> None:

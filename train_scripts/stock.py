@@ -32,7 +32,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from urllib.error import HTTPError
 
-from timm_atac.atomic import new_folder
+from timm_atac._files import new_folder
 
 REPOSITORY = 'https://github.com/huggingface/pytorch-image-models'
 ARCHIVE = REPOSITORY + '/archive/refs/tags/v{version}.zip'

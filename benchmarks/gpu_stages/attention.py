@@ -4,7 +4,7 @@ from functools import partial
 
 import local_attention
 import torch
-from measure import Spread, interleaved, peak_memory, ratio
+from measuring.timing import Spread, interleaved, peak_memory, ratio
 
 from gpu_stages.networks import measure
 from gpu_stages.stage import Stage, main

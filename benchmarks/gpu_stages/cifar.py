@@ -5,9 +5,9 @@ from typing import NamedTuple
 
 import torch
 from ablation_epoch import random_images
-from grid import RECIPES, Run
-from measure import Spread, interleaved
-from training import Machine, Trainer
+from ablations.grid import RECIPES, Run
+from ablations.trainer import Machine, Trainer
+from measuring.timing import Spread, interleaved
 
 from gpu_stages.stage import Stage, main
 

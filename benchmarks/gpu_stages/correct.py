@@ -70,9 +70,12 @@ def run(stage: Stage) -> None:
     options += ['-k', SMALL if stage.small else 'not compiles_for_gpus', '--show-capture=no']
     if find_spec('xdist') is not None and not stage.small:
         options += ['-n', str(min(8, max(1, (os.cpu_count() or 2) // 2)))]
+    files = [str(path) for file in stage.args for path in TESTS.rglob(file)]
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
-        status = pytest.main([*options, *(str(TESTS / file) for file in stage.args)], plugins=[record])
+        status = pytest.main(
+            [*options, *(str(path) for file in stage.args for path in TESTS.rglob(file))], plugins=[record]
+        )
     finally:
         record.emit()
     has_failed = any(count['failed'] for count in record.counts.values())

@@ -6,7 +6,7 @@ import subprocess
 from functools import partial
 
 import torch
-from measure import Spread, captured, interleaved
+from measuring.timing import Spread, captured, interleaved
 
 from gpu_stages.stage import Stage, main
 

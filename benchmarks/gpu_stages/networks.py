@@ -5,7 +5,7 @@ from functools import partial
 import speed
 import timm
 import torch
-from measure import runs_kernels
+from measuring.timing import runs_kernels
 from speed import MODES, Mode
 
 from gpu_stages.stage import Stage, main

@@ -8,7 +8,7 @@ from typing import Any
 import kernel_tiles
 import torch
 from kernels import Shape
-from measure import Spread, ratio, runs_kernels
+from measuring.timing import Spread, ratio, runs_kernels
 
 from gpu_stages.stage import Stage, main, read_rows
 from gpu_stages.units import SHAPES, SMALL, setting

@@ -7,7 +7,7 @@ import kernels
 import torch
 import torch.nn as nn
 from kernels import DTYPES, Setting, Shape
-from measure import Spread, ratio, runs_kernels
+from measuring.timing import Spread, ratio, runs_kernels
 
 from gpu_stages.stage import Stage, main
 

@@ -5,9 +5,9 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from ..pointwise import pointwise_backward
-from ..precision import without_autocast
+from ..utils.autocast import without_autocast
 from .op import operation, run_kernel, wrap_triton
+from .pointwise import pointwise_backward
 from .switch import DTYPES, IS_INTERPRETED, can_run, layout
 
 try:

@@ -6,9 +6,7 @@ by a table below; nothing is paired by order or shape.
 
 import torch.nn as nn
 
-from ..atac_resnet import AtacResNet
-from ..cifar_resnet import CifarResNet
-from ..layers import ChannelBottleneck, SEActivation
+from ..units.atac import ChannelBottleneck, SEActivation
 
 __all__ = ['FIXED', 'open_atac_names']
 
@@ -73,9 +71,10 @@ def open_atac_names(model: nn.Module) -> dict[str, str]:
     Raises:
         ValueError: The model has parts the authors' networks have not, all named in the message.
     """
-    if isinstance(model, CifarResNet):
-        parts, block_parts, stages = _CIFAR, _CIFAR_BLOCK, [f'stages.{i}' for i in range(len(model.stages))]
-    elif isinstance(model, AtacResNet):
+    layout = getattr(model, 'open_atac_layout', None)
+    if layout == 'cifar':
+        parts, block_parts, stages = _CIFAR, _CIFAR_BLOCK, [f'stages.{i}' for i in range(len(model.stages))]  # type: ignore[arg-type]
+    elif layout == 'imagenet':
         parts, block_parts, stages = _IMAGENET, _IMAGENET_BLOCK, ['layer1', 'layer2', 'layer3', 'layer4']
     else:
         raise ValueError(f"{type(model).__name__}: expected one of the authors' networks, AtacResNet or CifarResNet.")

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from ..atomic import replaced_file
+from .._files import replaced_file
 
 __all__ = ['ParamsError', 'is_params', 'parse_params', 'read_params', 'write_params']
 

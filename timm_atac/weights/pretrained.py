@@ -9,9 +9,9 @@ from timm.models import load_pretrained as load_into
 from timm.models import load_state_dict
 
 from .. import _timm
-from ..published import PUBLISHED
 from .convert import to_state_dict
 from .params import is_params, read_params
+from .published import PUBLISHED
 
 __all__ = ['check_published', 'git_blob_id', 'load_pretrained']
 

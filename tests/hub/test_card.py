@@ -1,0 +1,250 @@
+"""Model cards: every one in `hub_configs` is rendered, compared with the code, and its code is run."""
+
+import csv
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+import yaml
+from hub_cards import card_errors
+from huggingface_hub import ModelCard
+from loopback_hub import LoopbackHub
+from PIL import Image
+
+from timm_atac.hub.card import name_of, render
+from timm_atac.hub.export import export
+from timm_atac.hub.facts import CardError, config_folder, read_facts
+from timm_atac.hub.profile import profile
+from timm_atac.hub.push import check
+from timm_atac.weights.folder import read_config, save_folder
+from timm_atac.weights.published import PUBLISHED
+
+ROOT = Path(__file__).parents[2]
+TAGS = sorted(path.name for path in (ROOT / 'hub_configs').iterdir())
+DIGITS: dict[str, Any] = dict(
+    num_classes=10, pretrained_cfg_overlay=dict(input_size=(1, 16, 16), mean=(0.0,), std=(1.0,), tag='digits')
+)
+
+
+def folder_of(tag: str) -> Path:
+    folder = config_folder(tag)
+    assert folder is not None
+    return folder
+
+
+def render_tag(tag: str, **kwargs) -> str:
+    return render(read_config(folder_of(tag)), read_facts(folder_of(tag) / 'card.yaml'), **kwargs)
+
+
+def blocks(card: str, language: str) -> list[str]:
+    return re.findall(rf'^```{language}\n(.*?)^```$', card, re.MULTILINE | re.DOTALL)
+
+
+def test_all_published_tags_have_a_card() -> None:
+    assert TAGS == sorted(PUBLISHED)
+    assert config_folder('atac_resnet18.untrained') is None
+
+
+@pytest.mark.parametrize('tag', TAGS)
+def test_config_is_what_is_written(tag, tmp_path) -> None:
+    save_folder(timm.create_model(tag), tmp_path)
+    assert (folder_of(tag) / 'config.json').read_text() == (tmp_path / 'config.json').read_text()
+
+
+@pytest.mark.parametrize('tag', TAGS)
+def test_front_matter(tag) -> None:
+    card = render_tag(tag)
+    assert not card_errors(card)
+    data: Any = ModelCard(card).data
+    assert data.library_name == 'timm'
+    assert {'image-classification', 'timm', 'transformers'} <= set(data.tags)
+    assert yaml.safe_load(card.split('---\n')[1])['model-index'][0]['name'] == tag
+    results = {result.metric_name: result.metric_value for result in data.eval_results}
+    assert set(results) == {'top-1 accuracy', 'top-5 accuracy'}
+    with open(ROOT / 'results' / 'results-imagenet.csv', newline='') as file:
+        (row,) = (row for row in csv.DictReader(file) if row['model'] == tag)
+    assert [float(row['top1']), float(row['top5'])] == list(results.values())
+    assert all(result.source_url.startswith('https://') for result in data.eval_results)
+
+
+@pytest.mark.parametrize('tag', TAGS)
+def test_numbers_are_those_of_the_code(tag) -> None:
+    card = render_tag(tag)
+    stats = profile(timm.create_model(tag, device='meta'))
+    assert f'  - Params (M): {stats.params:.2f}\n' in card
+    assert f'  - GMACs: {stats.gmacs:.2f}\n' in card
+    assert f'  - Activations (M): {stats.activations:.2f}\n' in card
+    cfg: Any = timm.get_pretrained_cfg(tag)
+    assert (
+        f'Resize the shorter side to 256, {cfg.interpolation}, then center crop of 224 x 224 (crop_pct {cfg.crop_pct})'
+        in card
+    )
+    assert f'  - Mean: {", ".join(f"{value:.4f}" for value in cfg.mean)}\n' in card
+    assert f'  - Standard deviation: {", ".join(f"{value:.4f}" for value in cfg.std)}\n' in card
+
+
+def test_the_authors_licence() -> None:
+    card = render_tag('atac_resnet50.open_atac_in1k')
+    data = yaml.safe_load(card.split('---\n')[1])
+    assert (data['license'], data['license_name']) == ('other', 'none-stated')
+    assert "The authors' repository states no licence" in card
+    assert "the authors' training log, epoch 155" in card
+
+
+def test_results_csv() -> None:
+    """The columns of timm, and what the rows say of the models is true."""
+    with open(ROOT / 'results' / 'results-imagenet.csv', newline='') as file:
+        rows = list(csv.DictReader(file))
+    columns = 'model img_size top1 top1_err top5 top5_err param_count crop_pct interpolation source'
+    assert list(rows[0]) == columns.split()
+    assert [row['model'] for row in rows] == TAGS
+    for row in rows:
+        cfg: Any = timm.get_pretrained_cfg(row['model'])
+        model = timm.create_model(row['model'], device='meta')
+        for k in ('1', '5'):
+            assert float(row[f'top{k}']) + float(row[f'top{k}_err']) == pytest.approx(100)
+        assert row['param_count'] == f'{sum(p.numel() for p in model.parameters()) / 1e6:.2f}'
+        assert (int(row['img_size']), float(row['crop_pct'])) == (cfg.input_size[1], cfg.crop_pct)
+        assert row['interpolation'] == cfg.interpolation
+        assert row['source'] == "authors' training log"
+
+
+# Runs the blocks of a card in one process, each in a namespace of its own, beside an image.
+RUN = """
+import json, sys
+for block in json.load(open(sys.argv[1])):
+    exec(compile(block, block, 'exec'), {})
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('tag', [*TAGS, 'digits'])
+def test_code_runs(tag, tmp_path) -> None:
+    """Every block of a card, as it is on the Hub after a push: `pip install` and Python."""
+    torch.manual_seed(0)
+    folder = tmp_path / 'folder'
+    model = timm.create_model('atac_resnet8_cifar', **DIGITS) if tag == 'digits' else timm.create_model(tag)
+    export(model, folder)
+    package = check(folder, 'me/net')
+    with LoopbackHub(tokens={'hf_right': 'me'}) as hub:
+        env = {**hub.environment(tmp_path / 'home'), 'TIMM_ATAC_HUB_ORG': '', 'PIP_NO_INDEX': '1'}
+        push = [sys.executable, '-m', 'timm_atac.cli.main', 'push', folder, '--repo', package.repo, '--yes']
+        subprocess.run(push, env=env, check=True, capture_output=True)
+        card = hub.files('me/net')['README.md'].decode()
+        assert len(re.findall('^```', card, re.MULTILINE)) % 2 == 0
+        languages = re.findall(r'^```(\w+)$', card, re.MULTILINE)
+        assert languages == ['sh', *['python'] * (3 if tag == 'digits' else 4), 'bibtex']
+
+        (install,) = blocks(card, 'sh')
+        assert install == 'pip install timm_atac\n'
+        pip = f'{sys.executable} -m {install}'  # it is installed, so that nothing is downloaded
+        subprocess.run(pip, shell=True, env=env, check=True, capture_output=True)
+
+        rng = torch.Generator().manual_seed(0)
+        pixels = torch.randint(0, 256, (300, 250, 3), dtype=torch.uint8, generator=rng)
+        Image.fromarray(pixels.numpy()).save(tmp_path / 'image.jpg')
+        (tmp_path / 'blocks.json').write_text(json.dumps(blocks(card, 'python')))
+        result = subprocess.run(
+            [sys.executable, '-c', RUN, 'blocks.json'], cwd=tmp_path, env=env, capture_output=True, text=True
+        )
+        assert result.returncode == 0, result.stderr
+    shapes = re.findall(r'^torch.Size\(\[(.*)\]\)$', result.stdout, re.MULTILINE)
+    assert shapes == re.findall(r'^    # \((.*)\)$', card, re.MULTILINE)
+    assert len(shapes) == (3 if tag == 'digits' else 5)
+
+
+def test_without_facts(tmp_path) -> None:
+    """A card of a network that nothing is known of has no empty sections."""
+    kwargs: dict[str, Any] = dict(act_layer='atac', num_classes=3)
+    save_folder(timm.create_model('resnet18', **kwargs), tmp_path, kwargs)
+    config = read_config(tmp_path)
+    card = render(config)
+    assert name_of(config) == 'resnet18.a1_in1k'
+    assert '- **License:** not stated\n' in card
+    assert re.findall('^##+ (.*)', card, re.MULTILINE) == [
+        'Model Details',
+        'Model Usage',
+        'Image Classification',
+        'Feature Map Extraction',
+        'Image Embeddings',
+        'Transformers',
+        'Citation',
+    ]
+    assert 'k=3)' in card and 'gates' not in card
+    assert '**Architecture:** `resnet18` with `act_layer=atac`\n' in card
+    check_text(card)
+
+
+def check_text(card: str) -> None:
+    """Nothing is left of the template, and the Hub takes the front matter."""
+    assert not re.search(r'\n\n\n|None|\{\{|\{%| \n', card)
+    assert not card_errors(card)
+
+
+@pytest.mark.parametrize('tag', TAGS)
+def test_text(tag) -> None:
+    check_text(render_tag(tag, picture='gates.png'))
+
+
+def test_facts_without_a_value(tmp_path) -> None:
+    (tmp_path / 'card.yaml').write_text('description: null\npapers:\ndatasets: [{name: mine, id: null}]')
+    facts = read_facts(tmp_path / 'card.yaml')
+    assert list(facts) == ['datasets']
+    card = render(read_config(folder_of(TAGS[0])), facts)
+    assert '- **Dataset:** mine\n' in card and '\ndatasets:' not in card
+    check_text(card)
+
+
+def test_a_network_without_classes(tmp_path) -> None:
+    save_folder(timm.create_model('atac_resnet8_cifar', num_classes=0), tmp_path)
+    card = render(read_config(tmp_path))
+    assert 'pipeline_tag: image-feature-extraction' in card
+    assert re.findall('^### (.*)', card, re.MULTILINE) == ['Feature Map Extraction', 'Image Embeddings']
+    check_text(card)
+
+
+def test_a_network_without_feature_maps(tmp_path) -> None:
+    kwargs: dict[str, Any] = dict(act_layer='atac', depth=2)
+    save_folder(timm.create_model('vit_tiny_patch16_224', **kwargs), tmp_path, kwargs)
+    card = render(read_config(tmp_path))
+    assert 'Feature Map' not in card
+    assert '- **Architecture:** `vit_tiny_patch16_224` with `act_layer=atac`, `depth=2`\n' in card
+    check_text(card)
+
+
+def test_picture() -> None:
+    card = render_tag(TAGS[0], picture='gates.png')
+    assert '![What the gates do on an image, unit by unit](gates.png)' in card
+    assert 'gates.png' not in render_tag(TAGS[0])
+
+
+@pytest.mark.parametrize(
+    'text, message',
+    [
+        ('licence: mit', 'licence is not a fact of a card; expected description, license'),
+        ('[1, 2]', 'are a list, expected a mapping'),
+        ('a: [', 'is not YAML'),
+        ('description: [x]', r"description is \['x'\], expected a str"),
+        ('citations: hello', "citations is 'hello', expected a list"),
+        ('hyperparameters: 3', 'hyperparameters is 3, expected a dict'),
+        ('papers: [{title: x}]', 'papers has an entry without url'),
+        ('papers: [x]', "papers has an entry without title, url: 'x'"),
+        (
+            'results: [{dataset: x, id: x, split: x, source: {}, metrics: {a: 1}}]',
+            'results.source has .* without name, url',
+        ),
+        ('results: [{dataset: x, id: x, split: x, source: {name: x, url: x}, metrics: {a: 7 %}}]', 'expected numbers'),
+        ('comparison: {text: x, rows: [{model: x}]}', 'comparison.rows has an entry without params, gmacs'),
+    ],
+)
+def test_wrong_facts(text, message, tmp_path) -> None:
+    (tmp_path / 'card.yaml').write_text(text)
+    config = read_config(folder_of(TAGS[0]))
+    with pytest.raises(CardError, match=message):
+        render(config, read_facts(tmp_path / 'card.yaml'))

@@ -1,0 +1,164 @@
+"""Which norms go into which layers, and that the layers then compute the same."""
+
+import copy
+from typing import Any
+
+import pytest
+import timm
+import torch
+import torch.nn as nn
+from fused_models import images, lived_in, norms
+from timm.utils import freeze
+from torch.nn.utils import parametrize
+
+from timm_atac import NiN, SEActivation, fuse
+from timm_atac.inference.fold_norms import fold
+
+
+class Net(nn.Module):
+    """Two layers and two norms, put together in a given way."""
+
+    def __init__(self, run: Any) -> None:
+        super().__init__()
+        self.conv, self.bn, self.other = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+        self.run = run
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.run(self, x)
+
+
+def _kept(net: Any, x: torch.Tensor) -> torch.Tensor:
+    net.last = net.conv(x)
+    return net.bn(net.last)
+
+
+def _in_place(net: Any, x: torch.Tensor) -> torch.Tensor:
+    h = net.conv(x)
+    h.mul_(2)
+    return net.bn(h)
+
+
+@pytest.mark.parametrize(
+    'folds, run',
+    [
+        (1, lambda net, x: net.bn(net.conv(x))),
+        (1, lambda net, x: net.bn(net.conv(x)) + x),
+        (0, lambda net, x: net.bn(net.conv(x).relu())),
+        (0, _in_place),
+        (0, lambda net, x: (lambda h: net.bn(h) + h)(net.conv(x))),
+        (0, lambda net, x: (lambda h: (net.bn(h), h))(net.conv(x))),
+        (0, lambda net, x: (lambda h: net.bn(h) + net.other(h))(net.conv(x))),
+        (0, lambda net, x: net.bn(net.conv(net.conv(x)))),
+        (0, lambda net, x: net.bn(net.bn(net.conv(x)))),
+        (0, lambda net, x: net.bn(net.conv(x)) * net.conv.weight.mean()),
+        (0, lambda net, x: net.bn(net.conv(x)) * net.bn.running_var.mean()),
+        (0, lambda net, x: (net.bn(net.conv(x)), net.conv.weight)),
+        (0, lambda net, x: net.bn.train()(net.conv(x))),
+        (0, _kept),
+        (1, lambda net, x: net.bn(net.conv(x)) * net.bn.eps),
+        (0, lambda net, x: net.bn(torch.cat([net.conv(x)[:1], x[1:]]))),
+        (0, lambda net, x: (lambda h: net.bn(h) + h.mT.mean())(net.conv(x))),
+        (1, lambda net, x: (lambda h: net.bn(h) * h.shape[1])(net.conv(x))),
+    ],
+)
+def test_only_what_is_next_to_each_other(folds, run) -> None:
+    model = lived_in(Net(run))
+    x = images(model)
+    fused = fuse(model, example_input=x)
+    assert isinstance(fused.bn, nn.Identity) == bool(folds)
+    torch.testing.assert_close(fused(x), model(x), rtol=1e-12, atol=1e-12)
+
+
+def _hooked(net: Any) -> None:
+    net.conv.register_forward_hook(lambda module, args, y: y * 2)
+
+
+def _parametrized(net: Any) -> None:
+    parametrize.register_parametrization(net.conv, 'weight', nn.Tanh())
+
+
+def _without_statistics(net: Any) -> None:
+    net.bn = nn.BatchNorm2d(3, track_running_stats=False).double()
+
+
+@pytest.mark.parametrize('change', [_hooked, _parametrized, _without_statistics])
+@pytest.mark.parametrize('by_value', [False, True])
+def test_what_stays(change, by_value) -> None:
+    """Also where the forward pass needs values, so that it cannot run on the meta device."""
+    model = lived_in(Net(lambda net, x: net.bn(net.conv(x)) * (x.sum().item() if by_value else 1)))
+    change(model)
+    model.eval()
+    x = images(model)
+    fused = fuse(model, example_input=x)
+    assert not isinstance(fused.bn, nn.Identity)
+    torch.testing.assert_close(fused(x), model(x), rtol=1e-12, atol=1e-12)
+
+
+def test_forward_that_needs_values() -> None:
+    model = lived_in(Net(lambda net, x: net.bn(net.conv(x)) * x.sum().item()))
+    x = images(model)
+    fused = fuse(model, example_input=x)
+    assert isinstance(fused.bn, nn.Identity)
+    torch.testing.assert_close(fused(x), model(x), rtol=1e-12, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    'layer, norm, shape',
+    [
+        (nn.Conv1d(3, 5, 3), nn.BatchNorm1d(5), (4, 3, 9)),
+        (nn.Conv3d(3, 5, 3, groups=1), nn.BatchNorm3d(5, affine=False), (4, 3, 5, 5, 5)),
+        (nn.Conv2d(4, 6, 3, stride=2, groups=2, dilation=2, bias=False), nn.BatchNorm2d(6), (4, 4, 9, 9)),
+        (timm.layers.Conv2dSame(3, 5, 3, stride=2), nn.BatchNorm2d(5, eps=0.1), (4, 3, 8, 8)),
+        (nn.Linear(3, 5), nn.BatchNorm1d(5), (7, 3)),
+    ],
+)
+def test_layers(layer, norm, shape) -> None:
+    model = nn.Sequential(layer, norm).double().train()
+    x = torch.randn(shape, dtype=torch.float64)
+    model(x * 3 + 1)
+    expected = model.eval()(x)
+    fused: Any = fuse(model, example_input=x)
+    assert isinstance(fused[1], nn.Identity)
+    torch.testing.assert_close(fused(x), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_linear_layer_of_tokens_stays() -> None:
+    """Its channels are the last dimension, a BatchNorm's the second."""
+    model = nn.Sequential(nn.Linear(5, 5), nn.BatchNorm1d(5)).double()
+    x = torch.randn(4, 5, 5, dtype=torch.float64)
+    model(x)
+    fused: Any = fuse(model.eval(), example_input=x)
+    assert isinstance(fused[1], nn.BatchNorm1d)
+    torch.testing.assert_close(fused(x), model(x))
+
+
+def test_frozen_norms() -> None:
+    model = lived_in(timm.create_model('atac_resnet18'))
+    frozen: Any = copy.deepcopy(model)
+    freeze(frozen)
+    assert not norms(frozen)
+    fused = fuse(frozen)
+    assert not [m for m in fused.modules() if 'BatchNorm' in type(m).__name__]
+    x = images(model)
+    torch.testing.assert_close(fused(x), model(x), rtol=1e-11, atol=1e-11)
+
+
+def test_half_precision_is_folded_exactly() -> None:
+    """Rounded once: nearer to float64 than a product of rounded numbers."""
+    conv, norm = nn.Conv2d(16, 16, 1).bfloat16(), nn.BatchNorm2d(16).eval().bfloat16()
+    assert norm.running_var is not None
+    nn.init.uniform_(norm.weight, 0.5, 1.5)
+    nn.init.uniform_(norm.running_var, 0.5, 1.5)
+    exact = copy.deepcopy(conv).double()
+    fold(exact, copy.deepcopy(norm).double())
+    fold(conv, norm)
+    assert conv.weight.dtype == torch.bfloat16 and torch.equal(conv.weight, exact.weight.bfloat16())
+    assert conv.bias is not None and exact.bias is not None
+    assert conv.bias.dtype == torch.bfloat16 and torch.equal(conv.bias, exact.bias.bfloat16())
+
+
+def test_other_units_are_folded_in_place() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 6, 1), NiN(6), SEActivation(6)).eval()
+    fused: Any = fuse(model, example_input=torch.zeros(2, 3, 4, 4))
+    assert [type(m) for m in fused] == [nn.Conv2d, NiN, SEActivation]
+    assert not norms(fused)

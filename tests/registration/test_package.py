@@ -1,0 +1,95 @@
+"""What is published: the wheel built from the sdist, and what the README says of it."""
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+from networks import gmacs
+from timm_tests import OUR_MODULES
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(*command: object) -> str:
+    result = subprocess.run([str(part) for part in command], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, f'{command}\n{result.stdout}\n{result.stderr}'
+    return result.stdout
+
+
+@pytest.fixture(scope='module')
+def dist(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp('dist')
+    try:
+        run(sys.executable, '-m', 'build', '--outdir', folder)  # the sdist, then the wheel from it
+    except AssertionError as error:
+        if os.environ.get('CI') or 'ConnectionError' not in str(error):
+            raise
+        pytest.skip(f'the build backend comes from the package index, which cannot be reached: {error}')
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.network
+def test_wheel(dist, tmp_path) -> None:
+    (wheel,) = dist.glob('*.whl')
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        (entry_points,) = (n for n in names if n.endswith('entry_points.txt'))
+        assert (
+            archive.read(entry_points).decode().split()
+            == (
+                '[console_scripts] timm-atac = timm_atac.cli.main:main '
+                '[torch.backends] timm_atac = timm_atac._autoload:arm'
+            ).split()
+        )
+    info = entry_points.split('/')[0]
+    assert {name.split('/')[0] for name in names} == {'timm_atac', info}
+    package = {
+        str(path.relative_to(ROOT))
+        for path in (ROOT / 'timm_atac').rglob('*')
+        if path.suffix in ('.py', '.typed', '.jinja')
+    }
+    hub_configs = (ROOT / 'hub_configs').rglob('*.*')
+    package |= {f'timm_atac/{path.relative_to(ROOT)}' for path in hub_configs if path.is_file()}
+    assert {name for name in names if name.startswith('timm_atac/')} == package
+    assert f'{info}/licenses/LICENSE' in names
+
+    run(sys.executable, '-m', 'twine', 'check', '--strict', *dist.iterdir())
+
+    # an environment with nothing in it: our import needs neither torch nor timm
+    run(sys.executable, '-m', 'venv', tmp_path / 'venv')
+    python = tmp_path / 'venv' / 'bin' / 'python'
+    run(python, '-m', 'pip', 'install', '--no-deps', wheel)
+    code = 'import sys, timm_atac; print(timm_atac.__version__, "torch" in sys.modules, timm_atac.__file__)'
+    version, has_torch, file = run(python, '-I', '-c', code).split()
+    assert (version, has_torch) == (wheel.name.split('-')[1], 'False')
+    assert Path(file).is_relative_to(tmp_path)
+
+
+def test_readme_table() -> None:
+    """The table of registered models names all of them, with the parameters and GMACs that they have."""
+    rows = {}
+    for line in (ROOT / 'README.md').read_text().splitlines():
+        cells = [cell.strip() for cell in line.strip('|').split('|')]
+        if line.startswith('| `') and len(cells) == 4 and cells[0].strip('`') in timm.list_models(module=OUR_MODULES):
+            rows[cells[0].strip('`')] = (cells[2], cells[3])
+    assert set(rows) == set(timm.list_models(module=OUR_MODULES))
+    for name, (params, macs) in rows.items():
+        model: Any = timm.create_model(name, device='meta')
+        count = sum(p.numel() for p in model.parameters())
+        found = gmacs(model, model.default_cfg['input_size'][-1])
+        if name.endswith('_cifar'):
+            assert (params, macs) == (f'{count:,}', f'{found * 1e3:.1f} M'), name
+        else:
+            assert (params, macs) == (f'{count / 1e6:.2f} M', f'{found:.2f} G'), name
+
+
+def test_citation_has_the_version() -> None:
+    import timm_atac
+
+    assert f'\nversion: {timm_atac.__version__}\n' in (ROOT / 'CITATION.cff').read_text()

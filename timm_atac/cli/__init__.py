@@ -1,0 +1,1 @@
+"""The program `timm-atac`, a file for each command. Imports nothing: a help text takes no seconds."""

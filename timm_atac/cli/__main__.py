@@ -1,0 +1,7 @@
+"""`python -m timm_atac.cli` is `timm-atac`."""
+
+import sys
+
+from .main import main
+
+sys.exit(main())

@@ -1,0 +1,57 @@
+"""What a network costs: the figures of timm's model cards."""
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn as nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from .. import _timm
+
+__all__ = ['Profile', 'profile']
+
+
+class Profile(NamedTuple):
+    """Figures of one image.
+
+    Attributes:
+        params: Parameters, in millions.
+        gmacs: Multiply-adds of convolutions, matrix products and linear layers, in billions.
+        activations: Values that convolutions and linear layers put out, in millions.
+        input_size: Channels, height and width of the image.
+    """
+
+    params: float
+    gmacs: float
+    activations: float
+    input_size: tuple[int, int, int]
+
+
+def profile(model: nn.Module, input_size: tuple[int, int, int] | None = None) -> Profile:
+    """Measure one forward pass of a model.
+
+    Args:
+        model: On any device; on 'meta' nothing is computed. Its modes stay as they are.
+        input_size: Channels, height and width, None for what the model was created for.
+    """
+    size = input_size or _timm.input_size(model)
+    outputs: list[int] = []
+
+    def count(module: nn.Module, args: Any, output: torch.Tensor) -> None:
+        outputs.append(output.numel())
+
+    layers = [module for module in model.modules() if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear))]
+    hooks = [layer.register_forward_hook(count) for layer in layers]
+    modes = {module: module.training for module in model.modules()}
+    like = next(model.parameters())
+    try:
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # it misses kernels for CPUs
+            model.eval()(torch.zeros(1, *size, device=like.device, dtype=like.dtype))
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module, training in modes.items():
+            module.training = training
+    params = sum(p.numel() for p in model.parameters())
+    return Profile(params / 1e6, counter.get_total_flops() / 2e9, sum(outputs) / 1e6, size)

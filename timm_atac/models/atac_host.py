@@ -1,0 +1,105 @@
+"""Any model of timm with its activations replaced, under one name: for train.py, config.json and the Hub."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch.nn as nn
+from timm.layers import LayerType
+from timm.models import build_model_with_cfg, create_model, generate_default_cfgs
+
+from .. import _timm
+from ..replace.activations import replace_activations
+
+__all__ = ['atac_host']
+
+# What timm's builder is for; all else is the host's.
+_BUILDER_ARGS = ('feature_cls', 'features_only', 'out_indices', 'pretrained_model_args', 'pretrained_strict')
+# What says in a pretrained_cfg where its weights are.
+_WEIGHTS = ('file', 'hf_hub_filename', 'hf_hub_id', 'state_dict', 'url')
+
+# `_register.py` registers the entry function named by each key.
+default_cfgs = generate_default_cfgs(
+    {
+        'atac_host.untrained': {  # the default host's
+            'num_classes': 1000,
+            'input_size': (3, 224, 224),
+            'pool_size': (7, 7),
+            'crop_pct': 0.875,
+            'first_conv': 'conv1',
+            'classifier': 'fc',
+        },
+    }
+)
+
+
+def atac_host(
+    pretrained: bool = False,
+    host: str | Mapping[str, Any] = 'resnet18',
+    act: LayerType = 'atac',
+    where: str | int | Sequence[str | int] | None = None,
+    rd_ratio: float | None = None,
+    **kwargs,
+) -> nn.Module:
+    """A model of timm after `replace_activations`; `config.json` of a saved one names this function.
+
+    Args:
+        pretrained: Load weights: of the whole where `pretrained_cfg` (a Hub repository, a folder) or its overlay tells
+            where they are, else of the host, before its activations are replaced.
+        host: Name of a model, with a tag or a source (`hf-hub:`, `local-dir:`) if need be, or arguments of
+            `timm.create_model`.
+        act: As in `replace_activations`.
+        where: As in `replace_activations`.
+        rd_ratio: As in `replace_activations`.
+        **kwargs: Arguments of the host.
+
+    timm saves the arguments as they are given here, so that a host in a folder has to stay where it is. What a folder
+    on its own needs is in the model: `save_for_hf(model, ..., model_args=model.replaced_activations.model_args)`.
+
+    Raises:
+        ValueError: As `replace_activations`; `host` is neither; `features_only` of a host without
+            `forward_intermediates`.
+    """
+    if not (host and isinstance(host, str)) and not (isinstance(host, Mapping) and host.get('model_name')):
+        raise ValueError(f"host={host!r}: expected the name of a model, or a dict with it as 'model_name'.")
+    builder = {name: kwargs.pop(name) for name in _BUILDER_ARGS if name in kwargs}
+    cfg = kwargs.pop('pretrained_cfg', None)
+    cfg = None if isinstance(cfg, str) else cfg  # a tag of ours, of which none has weights
+    overlay = kwargs.pop('pretrained_cfg_overlay', None) or {}
+    own_weights = pretrained and bool(cfg or any(overlay.get(name) for name in _WEIGHTS))
+    host_args: dict[str, Any] = {'model_name': host} if isinstance(host, str) else dict(host)
+    host_args['pretrained'] = pretrained and not own_weights
+    host_args['pretrained_cfg_overlay'] = {
+        name: value for name, value in overlay.items() if not (own_weights and name in _WEIGHTS)
+    }
+
+    def make(**args) -> Any:
+        model = replace_activations(create_model(**{**host_args, **args}), act, where=where, rd_ratio=rd_ratio)
+        if builder.get('features_only') and not hasattr(model, 'forward_intermediates'):
+            raise ValueError(
+                f'features_only of host={host!r}: {type(model).__name__} has no forward_intermediates. Create the host '
+                f'with features_only=True and call timm_atac.replace_activations on that.'
+            )
+        return model
+
+    def adapt(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Any]:
+        return _timm.adapt_state_dict(model, state_dict)
+
+    build: Callable[..., Any] = make
+    if cfg is None:  # the host's, which only the host knows
+        model = make(**kwargs)
+        cfg = dict(model.pretrained_cfg)
+
+        def build(**_) -> Any:
+            return model
+
+    return build_model_with_cfg(
+        build,
+        'atac_host',
+        own_weights,
+        pretrained_cfg=cfg,
+        pretrained_cfg_overlay=overlay,
+        pretrained_filter_fn=adapt,
+        feature_cfg={'feature_cls': 'getter'},
+        **builder,
+        **kwargs,
+    )

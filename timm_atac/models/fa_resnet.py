@@ -1,0 +1,246 @@
+"""FA-ResNet: local self-attention in place of every 3x3 convolution and of the stem.
+
+Paper: `Stand-Alone Self-Attention in Vision Models` - https://arxiv.org/abs/1906.05909
+(Ramachandran, Parmar et al., NeurIPS 2019)
+"""
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+import torch.nn as nn
+from timm.layers import use_fused_attn
+from timm.models import build_model_with_cfg, generate_default_cfgs
+
+from ..units.local_attention import local_attention, tile_attention
+from ._stages import LayeredResNet, SpatialBottleneck, StageBlock, imagenet_cfg
+
+__all__ = ['AttentionStem', 'FAResNet', 'LocalAttention2d', 'MixedConv2d']
+
+# leaves of torch.fx: they compute with sizes
+torch.fx.wrap('local_attention')
+torch.fx.wrap('tile_attention')
+
+
+def _init_projection(weight: torch.Tensor, query_channels: int, num_heads: int) -> None:
+    """He initialisation, but queries less by the root of a head's channels: logits are of order one without a scale.
+
+    Args:
+        weight: Of queries first, changed in place.
+        query_channels: How many these are.
+        num_heads: Heads.
+    """
+    nn.init.kaiming_normal_(weight)
+    with torch.no_grad():
+        weight[:query_channels] /= (query_channels / num_heads) ** 0.5
+
+
+class LocalAttention2d(nn.Module):
+    """Multi-head self-attention of each position to the window around it, (B, C, H, W) -> (B, D, H / s, W / s).
+
+    `softmax(q (k + r)) v` for each head, r an embedding of the key's relative row and column; then, for stride s = 2,
+    an average pool. Maps of any size; see `local_attention`.
+
+    Args:
+        in_channels: C.
+        out_channels: D, of queries, keys and values as well.
+        stride: 1 or 2.
+        dilation: 1; there is no other.
+        num_heads: Heads.
+        window: Height and width of the window, odd.
+
+    Raises:
+        ValueError: `out_channels` is no multiple of `2 * num_heads`, `window` is even, or `stride` or `dilation` is
+            none of those.
+
+    Source:
+        The paper's local attention. It has no scale in the softmax; queries start so small that logits are of order
+        one. Ours: embeddings are shared by the heads, as in Attention Augmented ResNets, and what lies outside the map
+        is no key.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        stride: int = 1,
+        dilation: int = 1,
+        num_heads: int = 8,
+        window: int = 7,
+        device=None,
+        dtype=None,
+    ) -> None:
+        dd: dict[str, Any] = {'device': device, 'dtype': dtype}
+        super().__init__()
+        if out_channels % (2 * num_heads):
+            raise ValueError(
+                f'out_channels={out_channels}, num_heads={num_heads}: expected a multiple of {2 * num_heads}, since '
+                f'half of the channels of each head are for the rows, half for the columns.'
+            )
+        if window % 2 == 0:
+            raise ValueError(f'window={window}: expected an odd number, with as many positions on both sides.')
+        if stride not in (1, 2) or dilation != 1:
+            raise ValueError(
+                f'stride={stride}, dilation={dilation}: expected stride 1 or 2 and no dilation. Of a network, only '
+                f'output_stride=32 has none.'
+            )
+        self.num_heads = num_heads
+        self.qkv = nn.Conv2d(in_channels, 3 * out_channels, 1, bias=False, **dd)
+        dim_head = out_channels // num_heads
+        self.row_embed = nn.Parameter(torch.empty(dim_head // 2, window, **dd))
+        self.col_embed = nn.Parameter(torch.empty(dim_head // 2, window, **dd))
+        self.pool = nn.AvgPool2d(2, 2, ceil_mode=True) if stride == 2 else nn.Identity()
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Logits start of order one, and values as those of a 1x1 convolution."""
+        _init_projection(self.qkv.weight, self.qkv.out_channels // 3, self.num_heads)
+        nn.init.normal_(self.row_embed)
+        nn.init.normal_(self.col_embed)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.qkv(x).chunk(3, dim=1)
+        return self.pool(local_attention(q, k, v, self.row_embed, self.col_embed, self.num_heads))
+
+
+class MixedConv2d(nn.Conv2d):
+    """1x1 convolution whose weight depends on the place in a tile, (B, C, H, W) -> (B, D, H, W).
+
+    The weight of a place is a mixture of `mixtures` ones: `sum_m softmax_m((row + column) m) W_m`.
+
+    Args:
+        in_channels: C.
+        out_channels: D.
+        tile: Height and width of a tile.
+        mixtures: Number of weights.
+        embed_dim: Channels of the embeddings of rows, columns and mixtures.
+
+    Source:
+        The paper's spatially-varying values of the stem.
+    """
+
+    def __init__(
+        self, in_channels: int, out_channels: int, tile: int, mixtures: int, embed_dim: int, device=None, dtype=None
+    ) -> None:
+        dd: dict[str, Any] = {'device': device, 'dtype': dtype}
+        super().__init__(in_channels, mixtures * out_channels, 1, bias=False, **dd)
+        self.tile = tile
+        self.row_embed = nn.Parameter(torch.empty(tile, 1, embed_dim, **dd))
+        self.col_embed = nn.Parameter(torch.empty(1, tile, embed_dim, **dd))
+        self.mix_embed = nn.Parameter(torch.empty(embed_dim, mixtures, **dd))
+        self.reset_embeddings()
+
+    def reset_embeddings(self) -> None:
+        """Shares start uneven, their logits being of order one."""
+        for embedding in (self.row_embed, self.col_embed, self.mix_embed):
+            nn.init.normal_(embedding, std=len(self.mix_embed) ** -0.25)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        batch, channels, height, width = x.shape
+        tile = self.tile
+        share = ((self.row_embed + self.col_embed) @ self.mix_embed).softmax(dim=-1)  # (tile, tile, mixtures)
+        weight = self.weight.view(share.shape[-1], -1, channels)
+        weight = torch.einsum('pqm,mdc->pqdc', share.to(weight.dtype), weight)
+        x = nn.functional.pad(x, (0, -width % tile, 0, -height % tile))  # of few channels
+        x = x.reshape(batch, channels, x.shape[2] // tile, tile, x.shape[3] // tile, tile)
+        y = torch.einsum('bchpwq,pqdc->bdhpwq', x, weight)
+        return y.flatten(4).flatten(2, 3)[:, :, :height, :width]
+
+
+class AttentionStem(nn.Module):
+    """Multi-head self-attention within each tile of the image, (B, C, H, W) -> (B, D, H, W); no embedding of distance.
+
+    `softmax(q k) v` for each head; where a key is in its tile is in the values, by `MixedConv2d`. Images of any size.
+    It has no second derivatives unless timm's fused attention is off, `TIMM_FUSED_ATTN=0`.
+
+    Args:
+        in_channels: C, of the images.
+        out_channels: D.
+        num_heads: Heads.
+        tile: Height and width of a tile.
+        mixtures: Weights of the values that are mixed.
+
+    Source:
+        The paper's attention stem, in tiles of 4 x 4, before a norm and a max pool of 4 x 4. The numbers of heads (8,
+        as elsewhere in the network), of mixtures and of the embeddings' channels (of a head) are ours.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int = 64,
+        num_heads: int = 8,
+        tile: int = 4,
+        mixtures: int = 4,
+        device=None,
+        dtype=None,
+    ) -> None:
+        dd: dict[str, Any] = {'device': device, 'dtype': dtype}
+        super().__init__()
+        self.num_heads = num_heads
+        self.tile = tile
+        self.fused_attn = use_fused_attn()
+        self.qk = nn.Conv2d(in_channels, 2 * out_channels, 1, bias=False, **dd)
+        self.value = MixedConv2d(in_channels, out_channels, tile, mixtures, embed_dim=out_channels // num_heads, **dd)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Logits start of order one, and values as those of a 1x1 convolution."""
+        _init_projection(self.qk.weight, self.qk.out_channels // 2, self.num_heads)
+        nn.init.kaiming_normal_(self.value.weight)
+        self.value.reset_embeddings()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k = self.qk(x).chunk(2, dim=1)
+        return tile_attention(q, k, self.value(x), self.num_heads, self.tile, self.fused_attn)
+
+
+class FAResNet(LayeredResNet):
+    """timm's ResNet with `LocalAttention2d` for every 3x3 convolution, for images of any size.
+
+    Args:
+        layers: Blocks (timm's `Bottleneck`) in each stage.
+        in_chans: Channels of the images.
+        attention_stem: `AttentionStem` and a 4x4 max pool, which replaces timm's stem.
+        **kwargs: Arguments of timm's `ResNet`.
+
+    Raises:
+        ValueError: `output_stride` below 32, for which there would have to be a dilated attention, or options of
+            timm's stem together with the attention stem.
+
+    Source:
+        FA-ResNet-50 of Table 4 of "Attention as Activation", from the Stand-Alone paper: windows of 7 x 7, 8 heads, a
+        2x2 average pool behind an attention of stride 2.
+    """
+
+    own_layers = (AttentionStem, LocalAttention2d)
+
+    def __init__(self, layers: Sequence[int], in_chans: int = 3, attention_stem: bool = True, **kwargs: Any) -> None:
+        stem = {name: kwargs[name] for name in ('aa_layer', 'stem_type', 'replace_stem_pool') if kwargs.get(name)}
+        if attention_stem and stem:
+            raise ValueError(f'{stem} together with attention_stem=True: drop one of the two.')
+        block = StageBlock(SpatialBottleneck, spatial_layer=LocalAttention2d)
+        super().__init__(cast(Any, block), tuple(layers), in_chans=in_chans, **kwargs)
+        if attention_stem:
+            dd: dict[str, Any] = {name: kwargs.get(name) for name in ('device', 'dtype')}
+            channels = cast(nn.Conv2d, self.conv1).out_channels
+            self.conv1 = AttentionStem(in_chans, channels, **dd)  # type: ignore[assignment]
+            self.maxpool = nn.MaxPool2d(4, 4, ceil_mode=True)  # type: ignore[assignment]
+            self.feature_info[0]['reduction'] = 1
+
+
+# `_register.py` registers the entry function named by each key.
+default_cfgs = generate_default_cfgs(
+    {
+        'fa_resnet50.untrained': imagenet_cfg(
+            first_conv=('conv1.qk', 'conv1.value'),
+            paper_ids='arXiv:1906.05909',
+            paper_name='Stand-Alone Self-Attention in Vision Models',
+        ),
+    }
+)
+
+
+def fa_resnet50(pretrained: bool = False, **kwargs) -> FAResNet:
+    """ResNet-50 with local self-attention for stem and 3x3 convolutions."""
+    return build_model_with_cfg(FAResNet, 'fa_resnet50', pretrained, **dict(dict(layers=(3, 4, 6, 3)), **kwargs))

@@ -1,0 +1,74 @@
+"""GE-ResNet: Gather-Excite with a learned global gather, after the residual branch of each block.
+
+Paper: `Gather-Excite: Exploiting Feature Context in Convolutional Neural Networks` - https://arxiv.org/abs/1810.12348
+(Hu et al., NeurIPS 2018)
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, cast
+
+import torch.nn as nn
+from timm.layers import LayerType
+from timm.models import build_model_with_cfg, generate_default_cfgs
+from timm.models.resnet import BasicBlock, Bottleneck
+
+from ..units.gather_excite import GatherExcite
+from ._stages import LayeredResNet, StageBlock, imagenet_cfg, stage_sizes
+
+__all__ = ['GEResNet']
+
+
+class GEResNet(LayeredResNet):
+    """timm's ResNet with `GatherExcite` at the end of every residual branch, for images of one size.
+
+    Args:
+        block: timm's `BasicBlock` or `Bottleneck`.
+        layers: Blocks in each stage.
+        img_size: Height and width of the images, or one number for both.
+        rd_ratio: Width of the layers' bottleneck over their channels.
+        output_stride: As in timm's `ResNet`.
+        **kwargs: Arguments of timm's `ResNet`; a `norm_layer` goes into the layers as well.
+
+    Raises:
+        ValueError: From the forward pass: feature maps of another size than those of `img_size`.
+
+    Source:
+        GE-theta+ ResNet-50 of Table 4 of "Attention as Activation", from the Gather-Excite paper.
+    """
+
+    own_layers = (GatherExcite,)
+
+    def __init__(
+        self,
+        block: type[BasicBlock | Bottleneck],
+        layers: Sequence[int],
+        img_size: int | tuple[int, int] = 224,
+        rd_ratio: float = 1 / 16,
+        output_stride: int = 32,
+        norm_layer: LayerType = nn.BatchNorm2d,
+        **kwargs: Any,
+    ) -> None:
+        layer = partial(GatherExcite, rd_ratio=rd_ratio, norm_layer=norm_layer)
+        sizes = stage_sizes(img_size, len(layers), output_stride)
+        blocks = tuple(StageBlock(block, attn_layer=partial(layer, feat_size=size)) for size in sizes)
+        super().__init__(cast(Any, blocks), tuple(layers), output_stride=output_stride, norm_layer=norm_layer, **kwargs)
+        self.set_img_size(img_size)
+
+
+# `_register.py` registers the entry function named by each key.
+default_cfgs = generate_default_cfgs(
+    {
+        'ge_plus_resnet50.untrained': imagenet_cfg(
+            fixed_input_size=True,
+            paper_ids='arXiv:1810.12348',
+            paper_name='Gather-Excite: Exploiting Feature Context in Convolutional Neural Networks',
+        ),
+    }
+)
+
+
+def ge_plus_resnet50(pretrained: bool = False, **kwargs) -> GEResNet:
+    """ResNet-50 with GE-theta+ at the end of every residual branch."""
+    model_args = dict(block=Bottleneck, layers=(3, 4, 6, 3))
+    return build_model_with_cfg(GEResNet, 'ge_plus_resnet50', pretrained, **dict(model_args, **kwargs))

@@ -1,0 +1,187 @@
+"""Self-attention of each position to its neighbourhood, without a copy of the neighbourhood for each position.
+
+Paper: `Stand-Alone Self-Attention in Vision Models` - https://arxiv.org/abs/1906.05909
+(Ramachandran, Parmar et al., NeurIPS 2019)
+
+A map is cut into tiles. The positions of a tile share the tile and its surroundings as keys and values, 13 x 13 of them
+for a tile of 7 x 7 and a window of 7 x 7: products of small matrices, of which those outside a position's window are
+masked. Keys and values are copied 3.4 times instead of 49 times. Nothing of this is kept for the backward pass, which
+computes it again from queries, keys and values.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from ..utils.recompute import recomputed
+
+__all__ = ['local_attention', 'tile_attention']
+
+
+def local_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    row_embed: torch.Tensor,
+    col_embed: torch.Tensor,
+    num_heads: int,
+    tile: int = 7,
+) -> torch.Tensor:
+    """Multi-head attention of each position to the window around it: `softmax(q (k + r)) v`, without scale.
+
+    Positions outside the map are no keys. The embedding r of a key is that of its relative row for the first half of a
+    head's channels, and of its relative column for the second. In float16 logits have to be less than 1.6e4. A NaN
+    spreads to all positions of a tile around it.
+
+    Args:
+        q: Queries (B, C, H, W).
+        k: Keys (B, C, H, W).
+        v: Values (B, C, H, W).
+        row_embed: Embeddings (D / 2, window) of the rows above to below, D = C / num_heads; `window` is odd.
+        col_embed: Embeddings (D / 2, window) of the columns left to right.
+        num_heads: Heads, each with D channels in a row.
+        tile: Height and width of a tile. 7 divides the maps of a ResNet at 224 px.
+
+    Returns:
+        (B, C, H, W).
+    """
+    if torch.jit.is_scripting():
+        return _local_attention(q, k, v, row_embed, col_embed, num_heads, tile)
+    else:  # not compiled by TorchScript
+        return recomputed(_local_attention, q, k, v, row_embed, col_embed, num_heads, tile)
+
+
+def _local_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    row_embed: torch.Tensor,
+    col_embed: torch.Tensor,
+    num_heads: int,
+    tile: int,
+) -> torch.Tensor:
+    batch, channels, height, width = q.shape
+    half, window = row_embed.shape
+    reach = window // 2
+    bottom, right = -height % tile, -width % tile
+    rows, cols = (height + bottom) // tile, (width + right) // tile
+    side = tile + 2 * reach
+
+    channels_last = v.stride(1) == 1
+
+    # (B * heads * tiles, positions, D) for the tiles, (B * heads * tiles, D, positions) for their surroundings
+    q = _tiles(_padded(q, right, bottom), num_heads, tile).flatten(0, 1)
+    k = _surroundings(k, num_heads, tile, reach, bottom, right)
+    v = _surroundings(v, num_heads, tile, reach, bottom, right)
+
+    tiles = (batch * num_heads, rows, cols, tile, tile, window)
+    by_row = _by_place((q[..., :half] @ row_embed).view(tiles), 0, height)
+    by_col = _by_place((q[..., half:] @ col_embed).view(tiles), 1, width)
+    bias = (by_row.unsqueeze(-1) + by_col.unsqueeze(-2)).view(-1, tile * tile, side * side)
+    attention = torch.baddbmm(bias, q, k).softmax(dim=-1).to(v.dtype)
+    y = (attention @ v.transpose(-2, -1)).view(batch, num_heads, rows, cols, tile, tile, 2 * half)
+    if channels_last:
+        y = y.permute(0, 2, 4, 3, 5, 1, 6).reshape(batch, height + bottom, width + right, channels).permute(0, 3, 1, 2)
+    else:
+        y = y.permute(0, 1, 6, 2, 4, 3, 5).reshape(batch, channels, height + bottom, width + right)
+    return y[:, :, :height, :width]
+
+
+def _is_ragged(right: int, bottom: int) -> bool:
+    """Whether there is something to pad; a trace is for images of other sizes too."""
+    return torch.jit.is_tracing() or right > 0 or bottom > 0
+
+
+def _padded(x: torch.Tensor, right: int, bottom: int) -> torch.Tensor:
+    return F.pad(x, (0, right, 0, bottom)) if _is_ragged(right, bottom) else x
+
+
+def _surroundings(x: torch.Tensor, num_heads: int, tile: int, reach: int, bottom: int, right: int) -> torch.Tensor:
+    """Each tile with `reach` positions around it: (B * heads * tiles, D, positions), in memory as it is in `x`."""
+    batch, channels = x.shape[:2]
+    side = tile + 2 * reach
+    channels_last = x.stride(1) == 1
+    x = F.pad(x, (reach, right + reach, reach, bottom + reach))
+    x = x.view(batch, num_heads, channels // num_heads, x.shape[2], x.shape[3])
+    x = x.unfold(3, side, tile).unfold(4, side, tile)  # (B, heads, D, rows, columns, side, side), a view
+    if channels_last:
+        x = x.permute(0, 1, 3, 4, 5, 6, 2).reshape(-1, side * side, channels // num_heads)
+        return x.transpose(1, 2)
+    return x.permute(0, 1, 3, 4, 2, 5, 6).reshape(-1, channels // num_heads, side * side)
+
+
+def _by_place(logits: torch.Tensor, axis: int, length: int) -> torch.Tensor:
+    """Logits by relative place, (..., window), as logits by place in a tile's surroundings, (..., tile + window - 1).
+
+    Where there is no key they are so low that a key there gets no share.
+
+    Args:
+        logits: (B * heads, rows of tiles, columns of tiles, tile, tile, window).
+        axis: 0 for places in rows, 1 for places in columns.
+        length: Of the map along that axis.
+    """
+    tiles, tile, window = logits.shape[1 + axis], logits.shape[-2], logits.shape[-1]
+    position = torch.arange(tile, device=logits.device).unsqueeze(1)
+    key = torch.arange(tile + window - 1, device=logits.device)
+    apart = key - position
+    place = torch.arange(tiles, device=logits.device).view(-1, 1, 1) * tile + key - window // 2
+    inside = (apart >= 0) & (apart < window) & (place >= 0) & (place < length)  # (tiles, tile, tile + window - 1)
+    if axis == 0:
+        apart, inside = apart.unsqueeze(1), inside.unsqueeze(1).unsqueeze(3)
+    else:
+        inside = inside.unsqueeze(1)
+    logits = logits.gather(-1, apart.clamp(0, window - 1).expand(logits.shape[:-1] + key.shape))
+    # not -inf: the positions that pad a tile may have no key at all. There is room for two, and logits as large
+    no_key = -1.6e4 if logits.dtype == torch.float16 else -8e37
+    return logits.masked_fill(~inside, no_key)
+
+
+def tile_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, num_heads: int, tile: int, fused: bool = True
+) -> torch.Tensor:
+    """Multi-head attention within each tile of a map: `softmax(q k) v`, without scale.
+
+    Args:
+        q: Queries (B, C, H, W).
+        k: Keys (B, C, H, W).
+        v: Values (B, C, H, W).
+        num_heads: Heads, each with C / num_heads channels in a row.
+        tile: Height and width of a tile. The last ones are smaller where it does not divide the map.
+        fused: By `scaled_dot_product_attention`, whose kernels have no second derivatives.
+
+    Returns:
+        (B, C, H, W).
+    """
+    if torch.jit.is_scripting():
+        return _tile_attention(q, k, v, num_heads, tile, fused)
+    else:  # not compiled by TorchScript
+        return recomputed(_tile_attention, q, k, v, num_heads, tile, fused)
+
+
+def _tile_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, num_heads: int, tile: int, fused: bool
+) -> torch.Tensor:
+    batch, channels, height, width = q.shape
+    right, bottom = -width % tile, -height % tile
+    rows, cols = (height + bottom) // tile, (width + right) // tile
+    mask: torch.Tensor | None = None
+    if _is_ragged(right, bottom):
+        mask = _tiles(_padded(torch.ones_like(q[:1, :1]), right, bottom), 1, tile).transpose(-2, -1) != 0
+    q, k, v = _padded(q, right, bottom), _padded(k, right, bottom), _padded(v, right, bottom)
+    shape = v.shape
+    q, k, v = _tiles(q, num_heads, tile), _tiles(k, num_heads, tile), _tiles(v, num_heads, tile)
+    if fused:
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0)
+    else:
+        logits = q @ k.transpose(-2, -1)
+        logits = logits if mask is None else logits.masked_fill(~mask, float('-inf'))  # each tile has a key
+        y = logits.softmax(dim=-1).to(v.dtype) @ v
+    y = y.view(batch, num_heads, rows, cols, tile, tile, channels // num_heads)
+    return y.permute(0, 1, 6, 2, 4, 3, 5).reshape(shape)[:, :, :height, :width]
+
+
+def _tiles(x: torch.Tensor, num_heads: int, tile: int) -> torch.Tensor:
+    """(B, C, H, W) -> (B * heads, tiles, positions, D)."""
+    batch, channels, height, width = x.shape
+    x = x.view(batch, num_heads, channels // num_heads, height // tile, tile, width // tile, tile)
+    x = x.permute(0, 1, 3, 5, 4, 6, 2)
+    return x.reshape(batch * num_heads, -1, tile * tile, channels // num_heads)

@@ -1,0 +1,28 @@
+"""Sine as an activation (SIREN)."""
+
+import torch
+import torch.nn as nn
+
+__all__ = ['Sine']
+
+
+class Sine(nn.Module):
+    """Sine as an activation: `sin(omega * x)`, of any shape.
+
+    Args:
+        omega: Frequency of the sine, the paper's omega_0.
+
+    Source:
+        "SIREN", `Implicit Neural Representations with Periodic Activation Functions` -
+        https://arxiv.org/abs/2006.09661 (Sitzmann et al., NeurIPS 2020), which has omega_0 = 30.
+    """
+
+    def __init__(self, omega: float = 1.0) -> None:
+        super().__init__()
+        self.omega = omega
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.sin(self.omega * x)
+
+    def extra_repr(self) -> str:
+        return f'omega={self.omega}'

@@ -1,0 +1,73 @@
+"""A trained network of the ablation as a folder in the format of the Hugging Face Hub, with its card and picture."""
+
+from pathlib import Path
+
+import torch.nn as nn
+from torchvision import transforms
+
+from ablations.grid import DATASETS, activation, model_args
+from ablations.image_data import ImageData
+from ablations.store import Row
+from timm_atac.hub.export import export
+
+SCHEDULES = {'multistep': 'divided by 10 after 3/4 and 7/8 of the epochs', 'cosine': 'a warm-up epoch, then cosine'}
+
+
+def write_folder(model: nn.Module, folder: Path, row: Row, data: ImageData) -> None:
+    """Write the network.
+
+    Args:
+        model: On the CPU.
+        folder: Must not be there, or be empty.
+        row: Its row of the results.
+        data: What it was trained on.
+
+    Raises:
+        FileExistsError: There is something at `folder`.
+    """
+    run, result = row.run, row.result
+    known = DATASETS.get(run.dataset)
+    name, address = (known.label, known.address) if known else (Path(run.dataset).name, '')
+    accuracy = round(result.accuracy, 3)
+    split = f'{"held out of training" if run.held_out else "test"} ({len(data.test[0])} images)'
+    description = (
+        f'The CIFAR network of "Attention as Activation" with b = {run.blocks} and '
+        f'{activation(run.activation).label}, trained on {name}.'
+    )
+    facts: dict[str, object] = {
+        'license': 'apache-2.0',
+        'datasets': [{'name': f'{name}{f" ({address})" if address else ""}, {run.size} x {run.size}'}],
+        'hyperparameters': _hyperparameters(row),
+        'picture_credit': f'the image is one {"that was held out" if run.held_out else "of the test set"}',
+    }
+    if address:
+        source = {'name': f'train_scripts/ablation.py of timm_atac, seed {run.seed}', 'url': address}
+        metrics = {'top-1 accuracy': accuracy}
+        facts['results'] = [{'dataset': name, 'id': run.dataset, 'split': split, 'metrics': metrics, 'source': source}]
+    else:  # a folder has no address to look the figure up
+        description += f' Top-1 accuracy: {accuracy} %, {split}.'
+    facts['description'] = description
+    image = transforms.functional.to_pil_image(data.test[0][0].cpu())
+    has_more_outputs = bool(known and known.outputs)  # label names are one an output
+    config = {} if has_more_outputs else {'label_names': list(data.classes)}
+    export(model, folder, facts, image, model_args(run), config)
+
+
+def _hyperparameters(row: Row) -> dict[str, object]:
+    run, setup = row.run, row.setup
+    how = [setup.device, setup.memory_format, setup.mode, f'torch {setup.torch}', f'timm {setup.timm}']
+    facts = {
+        'optimizer': 'SGD with Nesterov momentum 0.9',
+        'learning rate': f'{run.lr:g}, {SCHEDULES[run.sched] if run.epochs > 1 else run.sched}',
+        'weight decay': f'{run.weight_decay:g}, on every parameter',
+        'epochs': run.epochs,
+        'batch size': run.batch_size,
+        'augmentation': 'padded, cropped at random, flipped' if run.augment else 'none',
+        'precision': run.precision,
+        'computed on': ', '.join(filter(None, how)),
+    }
+    if run.held_out:
+        facts['held out'] = f'{run.held_out} of the training images'
+    if setup.commit:
+        facts['commit of timm_atac'] = setup.commit
+    return facts

@@ -1,0 +1,268 @@
+"""The command line of `ablation.py`, and the runs that it asks for."""
+
+import argparse
+import importlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.layers import get_act_layer
+
+from ablations.grid import (
+    ACT_STAGES,
+    BLOCKS,
+    DATASETS,
+    FIGURE,
+    RECIPES,
+    TABLES,
+    Run,
+    activation,
+    canonical,
+    default_recipe,
+)
+from ablations.trainer import COMPILE_FROM
+
+
+def create_parser(description: str | None) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    _add_grid(parser.add_argument_group('what is trained'))
+    _add_recipe(parser.add_argument_group("how, where it is not the data set's recipe"))
+    _add_machine(parser.add_argument_group('on what'))
+    _add_output(parser.add_argument_group('what comes out'))
+    return parser
+
+
+def _add_grid(group: Any) -> None:
+    group.add_argument(
+        '--datasets',
+        nargs='+',
+        type=_dataset,
+        default=['digits'],
+        metavar='NAME',
+        help=f'{", ".join(DATASETS)}, or an image folder with train and val in it (default: digits)',
+    )
+    group.add_argument(
+        '--acts',
+        nargs='+',
+        type=_activation_name,
+        default=list(TABLES),
+        metavar='NAME',
+        help=f'{", ".join(TABLES)} (all of these by default), {", ".join(FIGURE)}, or any activation of timm',
+    )
+    group.add_argument(
+        '--blocks',
+        nargs='+',
+        type=int,
+        choices=BLOCKS,
+        default=[1],
+        metavar='B',
+        help=f'blocks a stage, 1 to {max(BLOCKS)} (default: 1)',
+    )
+    group.add_argument(
+        '--act-stages',
+        nargs='+',
+        type=int,
+        choices=ACT_STAGES,
+        default=[max(ACT_STAGES)],
+        metavar='N',
+        help='how many of stage 1, stage 2, stage 3 and the last activation have it, counted from the back, the others '
+        'have ReLU (default: 4)',
+    )
+    group.add_argument('--seeds', type=_seeds, default=2, metavar='N', help='runs of each network (default: 2)')
+    group.add_argument(
+        '--shard', type=_shard, default=(1, 1), metavar='I/N', help="every Nth run from the Ith, for a job array: '1/4'"
+    )
+
+
+def _add_recipe(group: Any) -> None:
+    group.add_argument(
+        '--recipe',
+        choices=RECIPES,
+        help="a recipe by name (default: 'digits' for the digits, 'authors' for all others)",
+    )
+    group.add_argument('--epochs', type=_positive_int, metavar='N')
+    group.add_argument('--batch-size', type=_positive_int, metavar='N', help='of all processes together')
+    group.add_argument('--lr', type=_number(above_zero=True), help='highest learning rate')
+    group.add_argument('--weight-decay', type=_number(), metavar='WD')
+    group.add_argument('--size', type=_size, metavar='PX', help='width and height that images are scaled to; CIFAR: 32')
+    group.add_argument('--no-aug', action='store_true', help='no padding, random crop and flip')
+    group.add_argument(
+        '--hold-out',
+        type=_positive_int,
+        default=0,
+        metavar='N',
+        help='train without N of the training images and measure on these; the test set is not looked at',
+    )
+
+
+def _add_machine(group: Any) -> None:
+    group.add_argument(
+        '--data-dir', type=Path, default=Path('data'), metavar='DIR', help='where CIFAR is (default: data)'
+    )
+    group.add_argument('--download', action='store_true', help='let torchvision download CIFAR to there')
+    group.add_argument(
+        '--device',
+        type=_device,
+        default='cuda' if torch.cuda.is_available() else 'cpu',
+        help='default: cuda where there is one, else cpu',
+    )
+    group.add_argument('--amp', action='store_true', help='mixed precision')
+    group.add_argument('--amp-dtype', choices=('float16', 'bfloat16'), default='float16', help='default: float16')
+    group.add_argument(
+        '--channels-last',
+        action=argparse.BooleanOptionalAction,
+        help='memory layout (default: channels_last on a processor, contiguous on a GPU)',
+    )
+    group.add_argument(
+        '--compile',
+        action=argparse.BooleanOptionalAction,
+        help=f'torch.compile (default: on a processor with a C++ compiler, from {COMPILE_FROM} updates a run on)',
+    )
+
+
+def _add_output(group: Any) -> None:
+    group.add_argument(
+        '--output',
+        type=Path,
+        default=Path('results/ablation'),
+        metavar='DIR',
+        help='folder of rows, tables, plots and checkpoints, which several processes may share; what is there is gone '
+        'on with (default: results/ablation)',
+    )
+    group.add_argument(
+        '--export',
+        action='store_true',
+        help='also write each network that is trained, with a model card, as a folder that `timm-atac push` uploads',
+    )
+    group.add_argument('--log-tensorboard', action='store_true', help='curves in DIR/tensorboard')
+    group.add_argument('--log-wandb', action='store_true', help='curves to Weights & Biases')
+    group.add_argument('--wandb-project', metavar='NAME', help='default: timm_atac')
+
+
+def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """End with an error where a package is missing or arguments do not go together."""
+    wanted = {
+        'matplotlib': True,
+        'sklearn': 'digits' in args.datasets,
+        'tensorboard': args.log_tensorboard,
+        'wandb': args.log_wandb,
+    }
+    for package in (name for name, needed in wanted.items() if needed):
+        try:
+            importlib.import_module(package)
+        except ImportError as error:
+            extra = 'logging' if package in ('tensorboard', 'wandb') else 'ablation'
+            parser.error(f"{error}; it comes with `pip install 'timm_atac[{extra}]'`")
+    if args.size not in (None, 32) and any(name.startswith('cifar') for name in {*args.datasets} & {*DATASETS}):
+        parser.error(f"argument --size: {args.size}, but CIFAR's images are 32")
+    if args.output.is_file():
+        parser.error(f'argument --output: {args.output} is a file; expected a folder')
+
+
+def runs(args: argparse.Namespace, processes: int) -> list[Run]:
+    """What the arguments ask for, this shard's, each once, in an order that is always the same."""
+    found = [
+        _run(dataset, name, blocks, act_stages if activation(name).placed else max(ACT_STAGES), seed, args, processes)
+        for dataset in args.datasets
+        for blocks in sorted({*args.blocks})
+        for seed in range(args.seeds)
+        for name in args.acts
+        for act_stages in args.act_stages
+    ]
+    index, count = args.shard
+    return list(dict.fromkeys(found))[index - 1 :: count]
+
+
+def _run(
+    dataset: str, name: str, blocks: int, act_stages: int, seed: int, args: argparse.Namespace, processes: int
+) -> Run:
+    settings = RECIPES[args.recipe or default_recipe(dataset)]._asdict()
+    given = {key: getattr(args, key) for key in ('epochs', 'batch_size', 'lr', 'weight_decay', 'size')}
+    settings.update({key: value for key, value in given.items() if value is not None})
+    settings['augment'] = settings['augment'] and not args.no_aug
+    precision = args.amp_dtype if args.amp else 'float32'
+    parts = dict(precision=precision, processes=processes, held_out=args.hold_out)
+    return Run(dataset, name, blocks, act_stages, seed, **settings, **parts)
+
+
+def _dataset(text: str) -> str:
+    if text not in DATASETS and not Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f'{text!r} is neither one of {", ".join(DATASETS)} nor a folder')
+    return text if text in DATASETS else str(Path(text).resolve())
+
+
+def _activation_name(text: str) -> str:
+    name = canonical(text)
+    if name not in {**TABLES, **FIGURE}:
+        try:
+            found = get_act_layer(name)
+        except KeyError:
+            found = None
+        if found is None:
+            raise argparse.ArgumentTypeError(
+                f'{text!r} is neither one of {", ".join([*TABLES, *FIGURE])} nor an activation of timm'
+            )
+    return name
+
+
+def _positive_int(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f'{text!r} is not a whole number of at least 1')
+    return int(text)
+
+
+def _seeds(text: str) -> int:
+    if _positive_int(text) > 4096:  # each has 2^20 epochs of its own in 32 bits
+        raise argparse.ArgumentTypeError(f'{text!r} is more than 4096')
+    return int(text)
+
+
+def _size(text: str) -> int:
+    if _positive_int(text) < 8:
+        raise argparse.ArgumentTypeError(f'{text!r} is less than 8, the size of the digits')
+    return int(text)
+
+
+def _number(above_zero: bool = False) -> Callable[[str], float]:
+    def number(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = -1.0
+        if not 0 <= value < float('inf'):
+            raise argparse.ArgumentTypeError(f'{text!r} is not a number of at least 0')
+        if above_zero and value == 0:
+            raise argparse.ArgumentTypeError(f'{text!r} is not above 0')
+        return value
+
+    return number
+
+
+def _shard(text: str) -> tuple[int, int]:
+    index, _, count = text.partition('/')
+    if not (index.isdecimal() and count.isdecimal() and 1 <= int(index) <= int(count)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a shard such as '1/4', which is the first of four")
+    return int(index), int(count)
+
+
+def _device(text: str) -> str:
+    try:
+        device = torch.device(text)
+        if device.type == 'meta':
+            raise RuntimeError('it computes nothing')
+        if device.type == 'cuda':  # without touching it: in each process of torchrun it becomes another one
+            if (device.index or 0) >= torch.cuda.device_count():
+                raise RuntimeError(f'there are {torch.cuda.device_count()} CUDA devices')
+        else:
+            torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise argparse.ArgumentTypeError(f'{text!r} cannot be used: {str(error).splitlines()[0]}') from None
+    return text
+
+
+def parse_args(description: str | None, argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = create_parser(description)
+    args = parser.parse_args(argv)
+    check(parser, args)
+    return args

@@ -1,0 +1,205 @@
+"""The paper's tables and figures from rows of results, next to what the authors report."""
+
+import csv
+import itertools
+import statistics
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from ablations.figures import plot_act_stages, plot_blocks
+from ablations.grid import ACT_STAGES, FIGURE, TABLES, Run, activation, dataset_name, label
+from ablations.provenance import Setup
+from ablations.store import Row
+from timm_atac._files import replaced_file
+
+RESULTS = Path(__file__).parents[2] / 'results'
+Cell = tuple[str, str, int]  # data set, activation, b
+
+
+class Group(NamedTuple):
+    """Rows of one data set with the same settings.
+
+    Attributes:
+        title: Data set and settings.
+        name: The same, for files.
+        rows: Sorted as the paper's tables are.
+    """
+
+    title: str
+    name: str
+    rows: list[Row]
+
+
+def read_reported(path: Path = RESULTS / 'reported-cifar.csv') -> dict[Cell, float]:
+    """What others report: top-1 accuracy in per cent by data set, activation and b."""
+    with open(path, newline='', encoding='utf-8') as file:
+        return {
+            (line['dataset'], line['activation'], int(line['blocks'])): float(line['accuracy'])
+            for line in csv.DictReader(file)
+        }
+
+
+def groups(rows: Iterable[Row]) -> list[Group]:
+    """The rows by data set and settings; a table is of one group."""
+    found: dict[tuple, list[Row]] = {}
+    for row in rows:
+        found.setdefault(row.run.settings, []).append(row)
+    order = [*TABLES, *FIGURE]
+
+    def rank(row: Row) -> tuple:
+        name = row.run.activation
+        return order.index(name) if name in order else len(order), name, row.run.blocks, row.run.seed
+
+    return [_group(sorted(rows, key=rank)) for _, rows in sorted(found.items(), key=lambda item: str(item[0]))]
+
+
+def _group(rows: list[Row]) -> Group:
+    run = rows[0].run
+    unusual = {key: value for key, value in run.unusual().items() if key != 'epochs'}
+    epochs = f'{run.epochs} epoch{"s" * (run.epochs > 1)}'
+    settings = [epochs, *(f'{key} {value}' for key, value in unusual.items())]
+    title = f'{label(run.dataset)}, {", ".join(settings)}'
+    return Group(title, '-'.join([dataset_name(run.dataset), *(s.replace(' ', '_') for s in settings)]), rows)
+
+
+def accuracy_table(group: Group, reported: dict[Cell, float]) -> str:
+    """Mean and spread of the accuracy by activation and b, in Markdown, with the reported one and the difference.
+
+    '' where no run has its activation in all stages.
+    """
+    rows = [row for row in group.rows if row.run.act_stages == max(ACT_STAGES)]
+    if not rows:
+        return ''
+    depths = sorted({row.run.blocks for row in rows})
+    lines = [['Activation', *(f'b = {b}' for b in depths), 'Parameters (k)']]
+    for name in dict.fromkeys(row.run.activation for row in rows):
+        runs = {b: [row for row in rows if (row.run.activation, row.run.blocks) == (name, b)] for b in depths}
+        lines.append(
+            [
+                activation(name).label,
+                *(_cell(runs[b], reported.get((rows[0].run.dataset, name, b))) for b in depths),
+                ' / '.join(f'{runs[b][0].result.params / 1e3:.1f}' if runs[b] else '-' for b in depths),
+            ]
+        )
+    return '\n\n'.join(filter(None, [_head(group.title, rows, reported), markdown(lines), _differences(rows)]))
+
+
+def _differences(rows: list[Row]) -> str:
+    """What was not the same for all rows of a table, which rounding alone should tell; '' where there is nothing."""
+    values = {name: sorted({getattr(row.setup, name) for row in rows}) for name in Setup._fields}
+    different = [
+        f'{name} ({", ".join(v or "unknown" for v in found)})' for name, found in values.items() if len(found) > 1
+    ]
+    return f'The rows are not all of one setup: {"; ".join(different)}.' if different else ''
+
+
+def _head(title: str, rows: list[Row], reported: dict[Cell, float]) -> str:
+    counts: dict[tuple, list[int]] = {}
+    for row in rows:
+        counts.setdefault(row.run[:4], []).append(row.run.seed)
+    seeds = sorted({len(found) for found in counts.values()})
+    count = f'{seeds[0]} to {seeds[-1]}' if len(seeds) > 1 else f'{seeds[0]}'
+    spread = f'mean ± standard deviation over {count} seeds' if seeds[-1] > 1 else 'one seed'
+    compared = any(dataset == rows[0].run.dataset for dataset, _, _ in reported)
+    brackets = (
+        '; then the mean of the best epochs, and in brackets what the authors report and how far that is from it, '
+        'since their script keeps the epoch that is best on the test set'
+        if compared
+        else ''
+    )
+    return f'{title}: {_measured(rows)} after the last epoch in per cent, {spread}{brackets}'
+
+
+def _measured(rows: list[Row]) -> str:
+    return 'accuracy on the held-out images' if rows[0].run.held_out else 'test accuracy'
+
+
+def _cell(rows: list[Row], reported: float | None) -> str:
+    found = [row.result.accuracy for row in rows]
+    text = mean_and_spread(found)
+    if reported is None:
+        return text
+    if not rows:
+        return f'({reported:.2f})'
+    best = statistics.mean(row.result.best_accuracy for row in rows)
+    return f'{text}, best {best:.2f} ({reported:.2f}, {best - reported:+.2f})'
+
+
+def mean_and_spread(values: Sequence[float]) -> str:
+    if not values:
+        return ''
+    mean = f'{statistics.mean(values):.2f}'
+    return f'{mean} ± {statistics.stdev(values):.2f}' if len(values) > 1 else mean
+
+
+def act_stages_table(group: Group) -> str:
+    """Accuracy by the number of stages that have the activation, counted from the back; '' where all have them all."""
+    placed = [row for row in group.rows if activation(row.run.activation).placed]
+    networks = dict.fromkeys(row.run[1:3] for row in placed if row.run.act_stages < max(ACT_STAGES))
+    if not networks:
+        return ''
+    lines = [['Network', *map(str, (0, *ACT_STAGES))]]
+    for name, blocks in networks:
+        host = [r.result.accuracy for r in group.rows if r.run[1:3] == ('relu', blocks)]
+        cells = [[r.result.accuracy for r in placed if r.run[1:4] == (name, blocks, n)] for n in ACT_STAGES]
+        lines.append([f'{activation(name).label}, b = {blocks}', *map(mean_and_spread, [host, *cells])])
+    return (
+        f'{group.title}: {_measured(group.rows)} by the number of stages with the activation, from the last on '
+        f'(0: ReLU everywhere)\n\n{markdown(lines)}'
+    )
+
+
+def imagenet_table(device: str = 'cpu', batch_size: int = 1, rounds: int = 5) -> str:
+    """Table 4: what `table4.table` says, in Markdown."""
+    import torch  # it takes seconds
+
+    from ablations.table4 import table
+
+    note, lines = table(torch.device(device), batch_size, rounds)
+    return f'{note}\n\n{markdown(lines)}'
+
+
+def merge(rows: list[Row]) -> list[Row]:
+    """Each run once: the first of its rows. A second one with other results is said."""
+    found: dict[Run, Row] = {}
+    for row in rows:
+        first = found.setdefault(row.run, row)
+        if first.result.accuracy != row.result.accuracy:
+            print(
+                f'{row.run.name} is there twice, with {first.result.accuracy} and {row.result.accuracy} %: the first '
+                'counts.',
+                file=sys.stderr,
+            )
+    return list(found.values())
+
+
+def markdown(lines: list[list[str]]) -> str:
+    """A table, its first line the head."""
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    ruled = [lines[0], ['-' * width for width in widths], *lines[1:]]
+    return '\n'.join(
+        '| ' + ' | '.join(text.ljust(w) for text, w in zip(line, widths, strict=True)) + ' |' for line in ruled
+    )
+
+
+def tables(rows: list[Row]) -> str:
+    """All tables that the rows make."""
+    reported = read_reported()
+    found = ((accuracy_table(group, reported), act_stages_table(group)) for group in groups(rows))
+    return '\n\n'.join(filter(None, itertools.chain(*found)))
+
+
+def write(rows: list[Row], text: str, output: Path) -> list[Path]:
+    """Write `text` as tables.md, and the plots that the rows make: the files' paths."""
+    reported = read_reported()
+    paths = [output / 'tables.md']
+    with replaced_file(paths[0]) as file:
+        file.write(f'{text}\n'.encode())
+    for group in groups(rows):
+        if accuracy_table(group, reported):
+            paths.append(plot_blocks(group.title, group.rows, output / f'{group.name}.png', reported))
+        if act_stages_table(group):
+            paths.append(plot_act_stages(group.title, group.rows, output / f'{group.name}-act_stages.png'))
+    return paths

@@ -1,0 +1,303 @@
+"""One run of the ablation: trains a network, keeps a checkpoint an epoch, and goes on from it to the same numbers."""
+
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from timm.utils import distribute_bn, random_seed
+from torch.nn.parallel import DistributedDataParallel
+
+from ablations.grid import Run, create_model
+from ablations.image_data import ImageData, batches
+from ablations.provenance import Setup, commit, data_hash, device_name, joined, pillow
+from timm_atac._files import replaced_file
+
+EVAL_BATCH_SIZE = 500
+COMPILE_FROM = 1000  # updates of a run from which on a processor makes up for the time to compile
+
+
+class CheckpointError(Exception):
+    """A checkpoint that a run cannot go on from."""
+
+
+class Machine(NamedTuple):
+    """What a run is done on.
+
+    Attributes:
+        device: Of this process.
+        rank, processes: Of torchrun; 0 and 1 without it.
+        channels_last: Memory layout of images and weights, as in timm's train.py.
+        compile: Whether `torch.compile` makes the network faster; None for where that was seen to pay, which is in long
+            runs on a processor.
+    """
+
+    device: torch.device
+    rank: int = 0
+    processes: int = 1
+    channels_last: bool = False
+    compile: bool | None = False
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        return torch.channels_last if self.channels_last else torch.contiguous_format
+
+    def compiles(self, updates: int) -> bool:
+        """True if a run of so many updates is to be compiled."""
+        if self.compile is not None:
+            return self.compile
+        return self.device.type == 'cpu' and updates >= COMPILE_FROM and _has_compiler()
+
+
+def _has_compiler() -> bool:
+    """True if there is the C++ compiler that PyTorch would call."""
+    return shutil.which(os.environ.get('CXX') or ('clang++' if sys.platform == 'darwin' else 'g++')) is not None
+
+
+class Progress(NamedTuple):
+    """Where a run stands after an epoch.
+
+    Attributes:
+        epoch: How many are done.
+        lr: Learning rate of the last update.
+        train_loss: Mean cross-entropy over the epoch.
+        test_loss: Mean cross-entropy of the test set.
+        accuracy, best_accuracy: Top-1 in per cent of the test set, after this epoch and the best so far.
+        seconds: Of the clock, of all epochs; the time in which a process was stopped counts.
+        cpu_seconds: That processors worked, in the first process.
+    """
+
+    epoch: int = 0
+    lr: float = 0.0
+    train_loss: float = 0.0
+    test_loss: float = 0.0
+    accuracy: float = 0.0
+    best_accuracy: float = 0.0
+    seconds: float = 0.0
+    cpu_seconds: float = 0.0
+
+
+class Trainer:
+    """A network in training.
+
+    Every epoch draws from the run's seed and its own number alone, so that no random state has to be kept.
+
+    Args:
+        run: Its settings.
+        data: On the device.
+        machine: The same in every process but for `rank` and `device`.
+    """
+
+    def __init__(self, run: Run, data: ImageData, machine: Machine) -> None:
+        self.run, self.data, self.machine = run, data, machine
+        self.progress = Progress()
+        random_seed(run.seed)
+        model = create_model(run, len(data.classes), data.in_chans, data.mean, data.std)
+        self.model = model.to(machine.device).to(memory_format=machine.memory_format)
+        self.optimizer = create_optimizer_v2(  # 'sgd' is with Nesterov's momentum in timm
+            self.model, 'sgd', run.lr, run.weight_decay, momentum=0.9, filter_bias_and_bn=False
+        )
+        self.updates_per_epoch = len(data.train[0]) // run.batch_size
+        self.compiled = machine.compiles(run.epochs * self.updates_per_epoch)
+        self._setups = [
+            Setup(
+                device_name(machine.device),
+                'channels_last' if machine.channels_last else 'contiguous',
+                'compiled' if self.compiled else 'eager',
+                commit(),
+                data_hash([*data.train, *data.test]),
+                pillow=pillow(),
+            )
+        ]
+        self.scheduler = self._create_scheduler()
+        # float16 needs its losses scaled
+        self.scaler = torch.amp.GradScaler(machine.device.type, enabled=run.precision == 'float16')
+
+    @property
+    def setup(self) -> Setup:
+        """What the run was computed with, from its first epoch on."""
+        return joined(self._setups)
+
+    def _create_scheduler(self) -> Any:
+        run = self.run
+        options: dict[str, Any] = dict(sched='multistep', warmup_epochs=0)
+        # timm divides an update before the milestone: half an update later is right for whole ones
+        late = 0.5 / self.updates_per_epoch
+        options.update(decay_milestones=[run.epochs * 3 / 4 + late, run.epochs * 7 / 8 + late], decay_rate=0.1)
+        if run.sched == 'cosine':
+            options = dict(sched='cosine', warmup_epochs=min(1, run.epochs - 1), warmup_lr=run.lr / 10)
+        scheduler, _ = create_scheduler_v2(
+            self.optimizer,
+            num_epochs=run.epochs,
+            step_on_epochs=False,
+            updates_per_epoch=self.updates_per_epoch,
+            **options,
+        )
+        return scheduler
+
+    def fit(self, checkpoint: Path, after_epoch: Callable[[Progress], None]) -> Progress:
+        """Train to the end.
+
+        Args:
+            checkpoint: File that is replaced after each epoch.
+            after_epoch: Gets the progress, in the first process, before the checkpoint is there.
+        """
+        network = self.wrapped()
+        while self.progress.epoch < self.run.epochs:
+            start, cpu_start = time.perf_counter(), time.process_time()
+            train_loss = self.train_epoch(network)
+            if self.machine.processes > 1:
+                distribute_bn(self.model, self.machine.processes, reduce=True)
+            accuracy, test_loss = self._evaluate()
+            self.progress = Progress(
+                self.progress.epoch + 1,
+                self._lr,
+                train_loss,
+                test_loss,
+                accuracy,
+                max(accuracy, self.progress.best_accuracy),
+                self.progress.seconds + time.perf_counter() - start,
+                self.progress.cpu_seconds + time.process_time() - cpu_start,
+            )
+            if self.machine.rank == 0:
+                # first, so that a kill between the two makes it come again rather than never
+                after_epoch(self.progress)
+                self.save(checkpoint)
+            if self.machine.processes > 1:
+                dist.barrier()  # no process goes on with an epoch whose checkpoint may be lost
+        return self.progress
+
+    def wrapped(self) -> nn.Module:
+        """The network as it is trained: compiled and distributed where that is asked for."""
+        network: Any = self.model
+        if self.machine.processes > 1:
+            network = DistributedDataParallel(network)
+        if self.compiled:  # after DDP, which overlaps with what is compiled then
+            torch.compiler.reset()  # of the runs before
+            network = torch.compile(network)
+        return network
+
+    def _autocast(self) -> Any:
+        if self.run.precision == 'float32':
+            return nullcontext()
+        return torch.autocast(self.machine.device.type, getattr(torch, self.run.precision))
+
+    def train_epoch(self, network: nn.Module) -> float:
+        """The mean loss over the epoch."""
+        run, machine = self.run, self.machine
+        epoch_seed = (run.seed << 20) + self.progress.epoch
+        random_seed(epoch_seed)
+        network.train()
+        total = torch.zeros((), device=machine.device)
+        updates = self.progress.epoch * self.updates_per_epoch
+        self.scheduler.step_update(updates)
+        for images, labels in batches(
+            self.data, run.batch_size, run.augment, epoch_seed, machine.rank, machine.processes
+        ):
+            with self._autocast():
+                loss = F.cross_entropy(network(images.contiguous(memory_format=machine.memory_format)), labels)
+            self.optimizer.zero_grad()
+            self.scaler.scale(loss).backward()
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            self._lr: float = self.optimizer.param_groups[0]['lr']
+            updates += 1
+            self.scheduler.step_update(updates)
+            total += loss.detach()  # read once an epoch: reading waits for the device
+        if machine.processes > 1:
+            dist.all_reduce(total)
+        return total.item() / (self.updates_per_epoch * machine.processes)
+
+    @torch.inference_mode()
+    def _evaluate(self) -> tuple[float, float]:
+        """Top-1 accuracy in per cent of the test set, and its mean cross-entropy."""
+        machine = self.machine
+        self.model.eval()
+        images, labels = (part[machine.rank :: machine.processes] for part in self.data.test)
+        totals = torch.zeros(2, dtype=torch.float32, device=machine.device)  # correct ones, and losses
+        for start in range(0, len(images), EVAL_BATCH_SIZE):
+            batch = self.data.normalize(images[start : start + EVAL_BATCH_SIZE])
+            with self._autocast():
+                logits = self.model(batch.contiguous(memory_format=machine.memory_format))
+            target = labels[start : start + EVAL_BATCH_SIZE]
+            loss = F.cross_entropy(logits.float(), target, reduction='sum')
+            totals += torch.stack([(logits.argmax(1) == target).sum(), loss])
+        if machine.processes > 1:
+            dist.all_reduce(totals)
+        correct, loss_sum = totals.tolist()
+        return 100 * correct / len(self.data.test[0]), loss_sum / len(self.data.test[0])
+
+    def agree(self, checkpoint: Path) -> None:
+        """Make sure that all processes start from the same epoch.
+
+        Raises:
+            CheckpointError: This one does not see the checkpoint that the first one sees.
+        """
+        if self.machine.processes == 1:
+            return
+        epoch = torch.tensor([self.progress.epoch], device=self.machine.device)
+        dist.broadcast(epoch, 0)
+        if epoch.item() != self.progress.epoch:
+            raise CheckpointError(
+                f'process {self.machine.rank} has epoch {self.progress.epoch} in {checkpoint}, the first process has '
+                f'{epoch.item()}: give an --output that all machines share.'
+            )
+
+    def save(self, path: Path) -> None:
+        """Write everything that the next epoch starts from, as safetensors."""
+        tensors = {f'model.{name}': tensor for name, tensor in self.model.state_dict().items()}
+        for name, parameter in self.model.named_parameters():
+            if parameter in self.optimizer.state:  # not before the first update
+                tensors[f'momentum.{name}'] = self.optimizer.state[parameter]['momentum_buffer']
+        metadata = {
+            'run': json.dumps(self.run),
+            'progress': json.dumps(self.progress),
+            'scaler': json.dumps(self.scaler.state_dict()),
+            'setup': json.dumps(self.setup),
+        }
+        with replaced_file(path) as file:
+            file.write(save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata))
+
+    def load(self, path: Path) -> None:
+        """Go on from what `save` has written.
+
+        Raises:
+            CheckpointError: It is of another run or of another commit of this repository, or damaged.
+        """
+        try:
+            with safe_open(path, 'pt', device=str(self.machine.device)) as file:
+                metadata = file.metadata()
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
+        except SafetensorError as error:
+            raise CheckpointError(f'{path} is damaged ({error}): remove it.') from None
+        if json.loads(metadata['run']) != list(self.run):
+            raise CheckpointError(f'{path} is of another run, {metadata["run"]}: remove it, or give another --output.')
+        setup = Setup(*json.loads(metadata['setup']))
+        if setup.commit != commit():
+            raise CheckpointError(
+                f'{path} was computed by the code of commit {setup.commit or "unknown"}, and this is '
+                f'{commit() or "unknown"}: check that commit out, or remove the file to train again from the start.'
+            )
+        self._setups.insert(0, setup)
+        self.progress = Progress(*json.loads(metadata['progress']))
+        self.scaler.load_state_dict(json.loads(metadata['scaler']))
+        self.model.load_state_dict(
+            {name.removeprefix('model.'): t for name, t in tensors.items() if name.startswith('model.')}
+        )
+        for name, parameter in self.model.named_parameters():
+            if f'momentum.{name}' in tensors:
+                buffer = torch.empty_like(parameter).copy_(tensors[f'momentum.{name}'])
+                self.optimizer.state[parameter]['momentum_buffer'] = buffer
