@@ -73,9 +73,7 @@ def run(stage: Stage) -> None:
     files = [str(path) for file in stage.args for path in TESTS.rglob(file)]
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
-        status = pytest.main(
-            [*options, *(str(path) for file in stage.args for path in TESTS.rglob(file))], plugins=[record]
-        )
+        status = pytest.main([*options, *files], plugins=[record])
     finally:
         record.emit()
     has_failed = any(count['failed'] for count in record.counts.values())
