@@ -1,10 +1,15 @@
-"""Registration without an import: arms a hook that waits for `timm.models`.
+"""Registers our networks with timm although no program imports us: an import hook waits for `timm.models`.
 
-PyTorch (>= 2.5) calls `arm` at the end of `import torch`, through the entry point group `torch.backends`. The hook
-waits for `timm.models` rather than `timm`, because timm is half imported when it imports torch. Nothing here may break
-`import torch` or `import timm`: this file needs the standard library only, and every failure becomes one warning.
+PyTorch (>= 2.5) calls `arm` at the end of `import torch`, through the entry point group `torch.backends`. `arm` cannot
+import timm, because timm itself may be the one that imports torch. So it puts a hook on `sys.meta_path`, which
+registers as soon as `timm.models` has been imported, and then removes itself.
 
-`TIMM_ATAC_DISABLE=1` switches it off.
+Nothing here may break `import torch` or `import timm`. This file imports the standard library only, and every failure
+becomes one warning. `TIMM_ATAC_DISABLE=1` switches the registration off.
+
+What happens when a module of ours is the first to import timm: each of our packages that needs timm imports
+`timm.models` in its `__init__.py`. The registration then runs before any module of that package begins, and can import
+all of them.
 """
 
 import contextlib
@@ -17,11 +22,11 @@ from types import ModuleType
 from typing import Any
 
 _HOST = 'timm.models'
-_done = False  # registered, or tried to
+_done = False  # the registration has run, with success or with a warning
 
 
 def arm() -> None:
-    """Register with timm as soon as `timm.models` is there: now, or when it is imported. Never raises."""
+    """Register with timm now if `timm.models` has been imported, else when it is imported. Never raises."""
     if _done or _disabled():
         return
     if isinstance(sys.modules.get(_HOST), ModuleType):
@@ -31,7 +36,7 @@ def arm() -> None:
 
 
 class _Hook:
-    """Finder on `sys.meta_path` that lets the other finders find `timm.models`, and then stands in as its loader.
+    """Finder for `timm.models` that asks the other finders for it and replaces the loader in their answer.
 
     `find_spec` imports nothing, because it runs under the interpreter's import lock.
     """
@@ -50,13 +55,13 @@ class _Hook:
 
 
 class _Loader:
-    """Stands in for the loader of `timm.models`, puts it back, and registers when the module is complete."""
+    """Loads `timm.models` with its own loader, which it puts back into the module, and then registers."""
 
     def __init__(self, loader: Any) -> None:
         self._loader = loader
 
     def __getattr__(self, name: str) -> Any:
-        if name == '_loader':  # a copy that has not been initialised
+        if name == '_loader':  # copy.copy asks an instance that has no attributes yet
             raise AttributeError(name)
         return getattr(self._loader, name)
 
@@ -82,9 +87,9 @@ def _register() -> None:
     except Exception as error:
         _warn(error)
     except BaseException:
-        _done = False  # interrupted: the next import tries again
+        _done = False  # Ctrl-C, for example: the next import of timm.models tries again
         raise
-    # a new list, because another thread that walks the old one would skip a finder
+    # a new list: another thread may be iterating over the old one
     sys.meta_path = [finder for finder in sys.meta_path if not isinstance(finder, _Hook)]
 
 
@@ -98,12 +103,12 @@ def _warn(error: Exception) -> None:
         for name in ('timm_atac', 'timm', 'torch')
     )
     message = (
-        f'timm_atac could not register with timm, which works as before, without the ATAC networks. '
+        f'timm_atac could not register with timm. timm works as before, without the ATAC networks. '
         f'{type(error).__name__}: {error} ({versions}). '
         f'Try `pip install --upgrade timm_atac timm`, or set TIMM_ATAC_DISABLE=1 to do without timm_atac.'
     )
     try:
         warnings.warn(message, RuntimeWarning, stacklevel=2)
-    except Exception:  # warnings are errors here, or cannot be shown, and an import of timm must not fail on ours
+    except Exception:  # warnings are errors here, or standard error is closed: `import timm` must work all the same
         with contextlib.suppress(Exception):
             print(f'RuntimeWarning: {message}', file=sys.stderr)

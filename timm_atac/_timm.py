@@ -1,36 +1,37 @@
-"""The only module that touches timm's private names."""
+"""The only module that uses timm's private names."""
 
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from inspect import signature
 from typing import Any, NoReturn, cast
 
 import timm.models
 import torch.nn as nn
 from timm.layers import create_act
-from timm.models import _registry, nfnet
+from timm.models import nfnet
 from timm.models._efficientnet_blocks import SqueezeExcite as SqueezeExcite
 from timm.models._features import feature_take_indices as feature_take_indices
 
 _ACT_LAYERS = cast(dict[str, type[nn.Module]], create_act._ACT_LAYER_DEFAULT)
-_ACT_LAYERS_ME = cast(dict[str, type[nn.Module]], create_act._ACT_LAYER_ME)  # preferred, unless exporting or scripting
+_ACT_LAYERS_ME = cast(dict[str, type[nn.Module]], create_act._ACT_LAYER_ME)  # timm prefers these, except for export
 _ACT_FNS = cast(dict[str, Callable], create_act._ACT_FN_DEFAULT)
 _GAINS = cast(dict[str, float], nfnet._nonlin_gamma)
 
 
 def acts(name: str) -> set[type[nn.Module]]:
-    """What `get_act_layer` may give for a name, depending on the configuration."""
+    """The classes that `get_act_layer` returns for a name in one configuration of timm or another."""
     return {by_name[name] for by_name in (_ACT_LAYERS_ME, _ACT_LAYERS) if name in by_name}
 
 
-def add_act(name: str, layer: type[nn.Module], lean: type[nn.Module] | None, gain: float) -> None:
-    """Make an activation known to timm by name.
+def add_act(name: str, layer: type[nn.Module], layer_me: type[nn.Module] | None, gain: float) -> None:
+    """Add an activation to timm's tables.
 
     Args:
-        name: For `get_act_layer`, `create_act_layer` and the NFNets.
-        layer: What the name stands for.
-        lean: Its memory-efficient form, which timm prefers unless a model is to be exported or scripted.
-        gain: 1 / standard deviation of its output for a standard normal input, by which an NFNet scales its weights.
+        name: Name for `get_act_layer`, `create_act_layer` and the NFNets.
+        layer: Class of the activation.
+        layer_me: Its memory-efficient form, None if it has none. timm prefers it, except in models for export or
+            scripting.
+        gain: 1 / standard deviation of the output for a standard normal input. An NFNet scales its weights by it.
     """
 
     def refuse(x: Any, inplace: bool = False) -> NoReturn:
@@ -40,34 +41,22 @@ def add_act(name: str, layer: type[nn.Module], lean: type[nn.Module] | None, gai
         )
 
     _ACT_LAYERS[name] = layer
-    if lean is not None:
-        _ACT_LAYERS_ME[name] = lean
-    _ACT_FNS[name] = refuse  # for `get_act_fn`: an NFNet with `gamma_in_act`
+    if layer_me is not None:
+        _ACT_LAYERS_ME[name] = layer_me
+    _ACT_FNS[name] = refuse  # `get_act_fn` returns it, for an NFNet with `gamma_in_act`
     _GAINS[name] = gain
 
 
-def forget(networks: Collection[str], modules: Collection[str], activations: Collection[str]) -> None:
-    """Remove models, the modules they are listed under and activations from timm's tables, those that are there."""
-    tables: list[Any] = [table for name, table in vars(_registry).items() if not name.startswith('__')]
-    for table in tables:
-        if isinstance(table, (dict, set)):
-            for key in [key for key in table if key in modules or str(key).split('.')[0] in networks]:
-                table.pop(key) if isinstance(table, dict) else table.discard(key)
-    for name in activations:
-        for by_name in (_ACT_LAYERS, _ACT_LAYERS_ME, _ACT_FNS, _GAINS):
-            by_name.pop(name, None)
-
-
 def record(model: Any, architecture: str, **args) -> dict[str, Any]:
-    """Note in a model of timm by which entry function, with which arguments, it can be created again.
+    """Write the entry function and the arguments that create a model again into the model.
 
-    timm's `save_for_hf` and `push_to_hf_hub` write that into `config.json`; before timm 1.0.31, when no arguments are
-    kept in the model, they take them as `model_args`.
+    timm's `save_for_hf` and `push_to_hf_hub` copy them from there into `config.json`. Before 1.0.31 timm keeps no
+    arguments in a model, and these functions take them as `model_args`.
 
     Args:
-        model: Has a `pretrained_cfg`, which gets the architecture's name and stays as it is otherwise.
-        architecture: Name of the entry function; its argument `host` is what has created the model so far.
-        args: Its other arguments, None for those that are not given.
+        model: Model of timm. The architecture in its `pretrained_cfg` changes, the other entries stay.
+        architecture: Name of the entry function. Its argument `host` becomes what has created the model so far.
+        args: Other arguments of the entry function, None for one that is not given.
 
     Returns:
         All arguments of the entry function.
@@ -87,12 +76,12 @@ def record(model: Any, architecture: str, **args) -> dict[str, Any]:
 
 
 def model_args(model: Any) -> dict[str, Any]:
-    """Arguments of `create_model` that the model was made with; empty before timm 1.0.31, which keeps none."""
+    """The arguments of `create_model` that made the model. Empty before timm 1.0.31, which does not keep them."""
     return dict(getattr(model, '_model_args', {}))
 
 
 def input_size(model: Any) -> tuple[int, int, int]:
-    """Channels, height and width that a model takes: timm's, as it was created; of any other (3, 224, 224)."""
+    """Channels, height and width of the images that a model of timm was created for, (3, 224, 224) for other models."""
     cfg = getattr(model, 'pretrained_cfg', None) or getattr(model, 'default_cfg', None) or {}
     if hasattr(timm.models, 'get_model_input_config'):  # since timm 1.0.31
         return timm.models.get_model_input_config(model)['input_size'] if cfg else (3, 224, 224)
@@ -102,12 +91,12 @@ def input_size(model: Any) -> tuple[int, int, int]:
         first_conv = first_conv[0]
     if isinstance(first_conv, str) and hasattr(model, first_conv.partition('.')[0]):
         channels = getattr(model.get_submodule(first_conv), 'in_channels', channels)
-    size = next((m.img_size for m in model.modules() if getattr(m, 'img_size', None)), size)  # a patch embedding's
+    size = next((m.img_size for m in model.modules() if getattr(m, 'img_size', None)), size)  # of a patch embedding
     return (channels, *size)
 
 
 def adapt_state_dict(model: nn.Module, state_dict: dict[str, Any]) -> dict[str, Any]:
-    """What timm does with the weights of a model's class when it loads them, to another image size for one."""
+    """Change weights as timm does when it loads them into this class of models, for example for another image size."""
     modules = (sys.modules[cls.__module__] for cls in type(model).__mro__)
     adapt = next((vars(m)['checkpoint_filter_fn'] for m in modules if 'checkpoint_filter_fn' in vars(m)), None)
     return state_dict if adapt is None else adapt(*(state_dict, model)[: len(signature(adapt).parameters)])

@@ -1,11 +1,15 @@
 """Registration without an import, in fresh interpreters."""
 
+import copy
+import inspect
 import subprocess
 import sys
 from textwrap import dedent
 
 import pytest
 import timm
+
+from timm_atac import _autoload
 
 # Ends every run: all is registered and works. `with_us` in the runs where it must not be is `without_us`.
 WITH_US = """
@@ -203,7 +207,7 @@ def test_a_name_that_is_taken_stays_with_its_owner(python, theirs, flags) -> Non
     """
     result = python(dedent(code) + dedent(check), *flags, TORCH_DEVICE_BACKEND_AUTOLOAD='0')
     assert result.stderr.count('RuntimeWarning: timm_atac could not register') == 1
-    assert 'is taken' in result.stderr
+    assert 'is registered by another package already' in result.stderr
 
 
 def test_failed_registration_leaves_the_registry_as_it_was(python) -> None:
@@ -255,6 +259,36 @@ def test_interrupted_registration_is_made_up_for(python) -> None:
             print('interrupted')
     """
     assert python(dedent(code) + WITH_US).stdout == 'interrupted\nregistered\n'
+
+
+def test_interrupted_between_two_networks(python) -> None:
+    """Ctrl-C after three networks: the next import registers the others."""
+    code = """
+        import timm, torch
+        from timm.models import _registry
+        calls, register_model = [], timm.models.register_model
+        def interrupted(entry_function):
+            if len(calls) == 3:
+                raise KeyboardInterrupt
+            calls.append(register_model(entry_function))
+        timm.models.register_model = interrupted
+        try:
+            import timm_atac
+        except KeyboardInterrupt:
+            print('interrupted after', len(timm.list_models(['*atac*', '*_cifar'])))
+        timm.models.register_model = register_model
+        import timm_atac
+    """
+    result = python(dedent(code) + WITH_US, TORCH_DEVICE_BACKEND_AUTOLOAD='0')
+    assert result.stdout == 'interrupted after 3\nregistered\n'
+
+
+def test_the_loader_can_be_copied() -> None:
+    """Profilers and freezers copy loaders; `copy.copy` reads attributes of an instance that has none yet."""
+    loader = _autoload._Loader(timm.__loader__)
+    assert copy.copy(loader)._loader is timm.__loader__
+    assert copy.deepcopy(_autoload._Loader('theirs'))._loader == 'theirs'
+    assert loader.get_source('timm') == inspect.getsource(timm)
 
 
 def test_timm_found_by_another_finder(python) -> None:

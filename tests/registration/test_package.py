@@ -1,6 +1,9 @@
 """What is published: the wheel built from the sdist, and what the README says of it."""
 
+import ast
 import os
+import pydoc
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -11,6 +14,8 @@ import pytest
 import timm
 from networks import gmacs
 from timm_tests import OUR_MODULES
+
+import timm_atac
 
 ROOT = Path(__file__).parents[2]
 
@@ -90,6 +95,51 @@ def test_readme_table() -> None:
 
 
 def test_citation_has_the_version() -> None:
-    import timm_atac
-
     assert f'\nversion: {timm_atac.__version__}\n' in (ROOT / 'CITATION.cff').read_text()
+
+
+def test_public_names() -> None:
+    """One list for type checkers and one for Python name the same modules."""
+    tree = ast.parse(Path(timm_atac.__file__).read_text())
+    (checked,) = (node for node in tree.body if isinstance(node, ast.If))
+    imports = [node for node in checked.body if isinstance(node, ast.ImportFrom)]
+    homes = {alias.name: node.module for node in imports for alias in node.names}
+    assert homes.pop('pictures') == 'gates'
+    assert homes == timm_atac._HOMES
+    for name in timm_atac.__all__:
+        assert getattr(timm_atac, name) is not None
+        assert name in dir(timm_atac)
+    with pytest.raises(AttributeError, match="module 'timm_atac' has no attribute 'ATAK'"):
+        _ = timm_atac.ATAK  # type: ignore[attr-defined]
+
+
+def test_help_begins_with_the_packages() -> None:
+    text = pydoc.plain(pydoc.render_doc(timm_atac))
+    contents = text[text.index('PACKAGE CONTENTS') :].split('\n\n')[0].splitlines()[1:]
+    public = [line.strip() for line in contents if not line.strip().startswith('_')]
+    assert 5 < len(public) <= 12
+    assert all(line.endswith(' (package)') for line in public), public
+
+
+def test_imports_go_down() -> None:
+    """The contract in pyproject.toml, which also runs before each commit."""
+    run(Path(sys.executable).with_name('lint-imports'))
+
+
+def test_an_import_upwards_breaks_the_contract(tmp_path) -> None:
+    """The test above can fail: also for an import inside of a function."""
+    shutil.copytree(ROOT / 'timm_atac', tmp_path / 'timm_atac')
+    shutil.copy(ROOT / 'pyproject.toml', tmp_path)
+    with open(tmp_path / 'timm_atac' / 'units' / 'sine.py', 'a') as file:
+        file.write('\n\ndef up() -> None:\n    from ..hub import push  # noqa: F401\n')
+    command = [Path(sys.executable).with_name('lint-imports')]
+    result = subprocess.run(command, cwd=tmp_path, env=os.environ | {'PYTHONPATH': '.'}, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert 'timm_atac.units.sine -> timm_atac.hub.push' in result.stdout
+
+
+def test_ci_runs_the_readmes_command() -> None:
+    readme, script = ((ROOT / name).read_text().splitlines() for name in ('README.md', '.ci/run'))
+    (told,) = (line for line in readme if '-m pytest' in line)
+    (run,) = (line for line in script if '-m pytest' in line)
+    assert run == told

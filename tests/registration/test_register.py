@@ -1,4 +1,5 @@
-import copy
+"""timm_atac/_register.py"""
+
 from importlib.metadata import requires
 from typing import Any
 
@@ -8,9 +9,8 @@ import torch
 from packaging.requirements import Requirement
 from packaging.version import Version
 from timm.models import nfnet
-from timm_tests import OUR_MODULES
 
-from timm_atac import ATAC, ATACMe, _register, _timm
+from timm_atac import ATAC, ATACMe, _register
 
 
 def test_oldest_timm_is_what_the_package_requires() -> None:
@@ -33,28 +33,6 @@ def test_release(version, release) -> None:
     assert _register._release(version) == release
 
 
-def test_forget_removes_what_is_ours_and_nothing_else() -> None:
-    registry = _timm._registry
-    tables = {k: v for k, v in vars(registry).items() if isinstance(v, (dict, set)) and not k.startswith('__')}
-    before = copy.deepcopy(tables)
-    others = set(timm.list_models()) - set(timm.list_models(module=OUR_MODULES))
-    networks = timm.list_models(module=OUR_MODULES)
-    assert networks
-    try:
-        _timm.forget(networks, OUR_MODULES, ['atac'])
-        assert set(timm.list_models()) == others
-        assert not set(OUR_MODULES) & set(timm.list_modules())
-        assert not [key for table in tables.values() for key in table if key in networks or '_cifar' in str(key)]
-        with pytest.raises(KeyError):
-            timm.layers.get_act_layer('atac')
-    finally:
-        _register.register()
-    assert tables == before
-    assert timm.layers.get_act_layer('atac') is ATACMe
-    with timm.layers.set_scriptable(True):
-        assert timm.layers.get_act_layer('atac') is ATAC
-
-
 def test_registering_twice_changes_nothing(recwarn) -> None:
     before = timm.list_models(include_tags=True)
     _register.register()
@@ -62,28 +40,10 @@ def test_registering_twice_changes_nothing(recwarn) -> None:
     assert not recwarn.list
 
 
-def test_failure_in_the_middle_leaves_nothing(monkeypatch) -> None:
-    registry = _timm._registry
-    networks = timm.list_models(module=OUR_MODULES)
-    _timm.forget(networks, OUR_MODULES, ['atac', 'se_act', 'nin'])
-    before = timm.list_models(include_tags=True)
-    calls: list[Any] = []
-
-    def register_three(entry_function):
-        if len(calls) == 3:
-            raise TypeError('a timm too new')
-        calls.append(registry.register_model(entry_function))
-
-    monkeypatch.setattr(timm.models, 'register_model', register_three)
-    try:
-        with pytest.raises(TypeError, match='a timm too new'):
-            _register.register()
-        assert len(calls) == 3
-        assert timm.list_models(include_tags=True) == before
-    finally:
-        monkeypatch.undo()
-        _register.register()
-    assert timm.list_models(module=OUR_MODULES) == networks
+def test_acts_by_name() -> None:
+    assert timm.layers.get_act_layer('atac') is ATACMe
+    with timm.layers.set_scriptable(True):
+        assert timm.layers.get_act_layer('atac') is ATAC
 
 
 @pytest.mark.parametrize('name', ['atac', 'se_act', 'nin'])

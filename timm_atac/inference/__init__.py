@@ -1,3 +1,3 @@
 """Fuses a trained model for inference."""
 
-import timm.models  # noqa: F401  (timm registers our networks before a module of this package needs timm)
+import timm.models  # noqa: F401  registers us with timm, see _autoload.py

@@ -1,3 +1,3 @@
 """The networks that timm lists, a file for each family."""
 
-import timm.models  # noqa: F401  (timm registers our networks before a module of this package needs timm)
+import timm.models  # noqa: F401  registers us with timm, see _autoload.py

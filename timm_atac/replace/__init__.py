@@ -1,3 +1,3 @@
 """Puts units in place of a finished model's activations."""
 
-import timm.models  # noqa: F401  (timm registers our networks before a module of this package needs timm)
+import timm.models  # noqa: F401  registers us with timm, see _autoload.py
