@@ -303,7 +303,6 @@ def test_on_a_gpu(dtype, memory_format, by, affine) -> None:
     if by == 'frozen' and (not affine or dtype != torch.float32):
         pytest.skip('a frozen norm has weights, and runs by its parts under autocast')
     plain, lean = pair(channels=64, norm_layer=lambda c, **dd: nn.BatchNorm2d(c, affine=affine, **dd))
-    del plain._norm_layer, lean._norm_layer
     for unit in (plain, lean):
         unit.train(by == 'batch')
         if by == 'frozen':
