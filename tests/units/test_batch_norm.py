@@ -111,7 +111,7 @@ def _sync(rank: int, folder: str, sizes: tuple[int, ...]) -> None:
         torch.save(everything(unit, x, grad, lean=True), f'{folder}/{rank}.pt')
         with torch.autocast('cpu', torch.bfloat16):
             torch.save(everything(single, x.float(), grad.float(), lean=True), f'{folder}/{rank}-bf16.pt')
-        with pytest.raises(RuntimeError, match='A SyncBatchNorm has no second derivative'):
+        with pytest.raises(RuntimeError, match='SyncBatchNorm has no second derivative'):
             torch.autograd.grad(unit(x.requires_grad_()).sum(), x, create_graph=True)
     finally:
         dist.destroy_process_group()
@@ -150,8 +150,8 @@ def test_statistics_alone(dtype) -> None:
     norms: list[Any] = [nn.BatchNorm2d(14, dtype=dtype) for _ in range(2)]
     h = torch.randn(SHAPE, dtype=dtype) + 1
     expected = norms[0](h)
-    norm = BatchNorm.of(norms[1])
-    mean, invstd, weight, bias = (v.view(1, -1, 1, 1) for v in norm.scales(norm.statistics(h), None, None))
+    norm = BatchNorm.from_module(norms[1])
+    mean, invstd, weight, bias = (v.view(1, -1, 1, 1) for v in norm.rows(norm.statistics(h), None, None))
     torch.testing.assert_close((h - mean) * invstd * weight + bias, expected)
     for found, buffer in zip(norms[1].buffers(), norms[0].buffers(), strict=True):
         torch.testing.assert_close(found, buffer)

@@ -128,8 +128,8 @@ class UnknownWidth(UninitializedParameter):
 def _unknown_width_message(unit: ChannelModule | None) -> str:
     return (
         f'{type(unit).__name__ if unit is not None else "Unit"}{getattr(unit, "place", "")} was created without '
-        f'`channels`, and the neighbouring layers do not give its width. Pass `channels`. If another package creates the '
-        f'unit: {_REMEDY}'
+        f'`channels`, and the neighbouring layers do not give its width. Pass `channels`. If another package creates '
+        f'the unit: {_REMEDY}'
     )
 
 
