@@ -144,11 +144,11 @@ def changed(args: list[torch.Tensor], index: int, change: Any) -> list[torch.Ten
 @pytest.mark.parametrize(
     'index, change, match',
     [
-        (0, lambda x: x[0], r'got shapes \[\(14, 7, 5\), .*expected an input \(B, C, H, W\), weights \(K, C\)'),
-        (1, lambda w: w.t(), r'\(14, 6\), \(6,\), .*expected an input \(B, C, H, W\), weights \(K, C\)'),
+        (0, lambda x: x[0], r'got shapes \[\(14, 7, 5\), .*Expected an input \(B, C, H, W\), weights \(K, C\)'),
+        (1, lambda w: w.t(), r'\(14, 6\), \(6,\), .*Expected an input \(B, C, H, W\), weights \(K, C\)'),
         (2, lambda b: b[1:], r'got shapes .*\(5,\)'),
-        (0, lambda x: x.half(), 'input of torch.float16 and parameters of {torch.float32}, expected'),
-        (4, lambda b: b.double(), 'expected parameters of one floating-point type'),
+        (0, lambda x: x.half(), 'input of torch.float16 and parameters of {torch.float32}. Expected'),
+        (4, lambda b: b.double(), 'Expected parameters of one floating-point type'),
         (0, lambda x: x.long(), 'input of torch.int64'),
     ],
 )
@@ -169,11 +169,11 @@ def test_wrong_arguments_of_the_others() -> None:
     }
     for operation, (count, more) in operations.items():
         args = calls(count)
-        with pytest.raises(ValueError, match=r'values a channel of shapes .*\(13,\)'):
+        with pytest.raises(ValueError, match=r'values per channel of shapes .*\(13,\)'):
             operation(*changed(args, count, lambda row: row[1:]), *more)
         with pytest.raises(ValueError, match=r'got maps of shapes .*\(3, 14, 6, 5\)'):
             operation(*changed(args, 1, lambda z: z[:, :, 1:]), *more)
-        with pytest.raises(ValueError, match='expected all of them channels_last, or all contiguous'):
+        with pytest.raises(ValueError, match='Expected all channels_last, or all contiguous'):
             operation(*changed(args, 1, torch.Tensor.contiguous), *more)
 
 
@@ -216,7 +216,7 @@ def test_environment(monkeypatch) -> None:
         monkeypatch.setenv('TIMM_ATAC_KERNELS', value)
         assert switch._from_environment() is expected
     monkeypatch.setenv('TIMM_ATAC_KERNELS', 'never')
-    monkeypatch.setattr(switch, '_asked', switch._from_environment())  # an import has other things to do
+    monkeypatch.setattr(switch, '_choice', switch._from_environment())  # an import must not fail
     assert switch.is_wanted('atac', CUDA, 64, own=True)
     with pytest.raises(ValueError, match=r"TIMM_ATAC_KERNELS='never': expected 1 .*, 0 \(nowhere\), or nothing"):
         switch.is_wanted('atac', CUDA, 64)

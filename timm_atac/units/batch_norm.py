@@ -15,6 +15,7 @@ from timm.layers.norm_act import FrozenBatchNorm2d  # timm's `freeze` replaces n
 __all__ = ['BatchNorm', 'Statistics']
 
 _aten = torch.ops.aten
+_WEIGHT_DTYPES = (torch.float32, torch.float64)
 
 
 class Statistics(NamedTuple):
@@ -44,11 +45,10 @@ class BatchNorm(NamedTuple):
             norm: Layer.
             dtype: Type of the layer's input.
         """
-        if type(norm) not in (nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d):
-            return False
-        if type(norm) is FrozenBatchNorm2d and norm.weight.dtype != dtype:
-            return False  # it returns the wider of both types, the others return the type of the input
-        return norm.weight is None or norm.weight.dtype in (torch.float32, torch.float64)
+        if type(norm) is FrozenBatchNorm2d:  # it returns the wider of both types, the others return the input's type
+            return norm.weight.dtype == dtype and dtype in _WEIGHT_DTYPES
+        is_batch_norm = type(norm) in (nn.BatchNorm2d, nn.SyncBatchNorm)
+        return is_batch_norm and (norm.weight is None or norm.weight.dtype in _WEIGHT_DTYPES)
 
     @classmethod
     def from_module(cls, norm: Any) -> 'BatchNorm':

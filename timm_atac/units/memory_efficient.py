@@ -18,7 +18,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers.activations import Sigmoid
 
-from ..kernels.pointwise import pointwise_backward
 from ..utils.autocast import autocast_dtype, cast, without_autocast
 from ..utils.op_by_op import has_hooks, must_run_op_by_op
 from . import gated_norm
@@ -139,17 +138,25 @@ def _backward(ctx: Any, grad_y: torch.Tensor) -> tuple[torch.Tensor | None, ...]
     grads = gated_norm.backward(grad_y, x, out, norm2, scale2, shift2, statistics2, needed)
     grad_x, grad, grad_scale2, grad_shift2 = grads
     del out, grads
-    grad, grad_weight2, _ = pointwise_backward(grad, relu, w2, (needs_relu, needs_weight2, False))
+    grad, grad_weight2 = _pointwise_backward(grad, relu, w2, needs_relu, needs_weight2)
     if needs_relu:
         grad = _aten.threshold_backward.default(grad, relu, 0)
         del relu
         needed1 = [needs_hidden, *needs_affine[:2]]
         grad, grad_scale1, grad_shift1 = norm1.backward(grad, hidden, scale1, statistics1, needed1)
-        grad, grad_weight1, _ = pointwise_backward(grad, cast(x, ctx.dtype), w1, (needs_x, needs_weight1, False))
+        grad, grad_weight1 = _pointwise_backward(grad, cast(x, ctx.dtype), w1, needs_x, needs_weight1)
     if grad_x is not None:
         grad_x.add_(grad)
     weights = [None if grad is None else grad.to(weight1.dtype) for grad in (grad_weight1, grad_weight2)]
     return (grad_x, *weights, grad_scale1, grad_shift1, grad_scale2, grad_shift2)
+
+
+def _pointwise_backward(grad: Any, x: torch.Tensor, weight: torch.Tensor, needs_x: bool, needs_weight: bool) -> Any:
+    """Return the gradients of x and weight in a 1x1 convolution without bias, None for those that are not needed."""
+    if not needs_x and not needs_weight:
+        return None, None
+    convolution = (None, (1, 1), (0, 0), (1, 1), False, (0, 0), 1)
+    return _aten.convolution_backward.default(grad, x, weight, *convolution, [needs_x, needs_weight, False])[:2]
 
 
 def _differentiable_backward(ctx: Any, grad_y: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
