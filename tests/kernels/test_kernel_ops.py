@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import timm
 import torch
+from atac_me import pair
 from fused_models import images, lived_in
-from lean_units import pair
 from torch._dynamo.backends.common import aot_autograd
 from torch._subclasses import FakeTensorMode
 from torch.utils._pytree import tree_leaves

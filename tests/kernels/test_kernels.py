@@ -7,9 +7,9 @@ from unittest import mock
 import pytest
 import timm
 import torch
+from atac_me import pair
 from fused_models import images, lived_in
 from kernel_units import DEVICE, ERRORS, LAYOUTS, error, exact, maps, parameters, poisoned, skip_without_kernels, spied
-from lean_units import pair
 
 from timm_atac import fuse
 from timm_atac.inference.fuse import FusedATAC

@@ -1,4 +1,4 @@
-"""Units that learn their width from where they are put."""
+"""Units that get their width from the layers next to them."""
 
 import pickle
 from functools import partial
@@ -20,7 +20,7 @@ def hooks() -> int:
 
 
 class _Gate(nn.Module):
-    """As in ECA: a convolution over the channels, of which it sees one."""
+    """As in ECA: a convolution along the channels, which has one channel itself."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -114,7 +114,7 @@ def test_order_of_parameters_is_that_of_a_unit_created_with_its_width(unit, act_
 @pytest.mark.parametrize('unit', [ATAC, XUnit])
 def test_optimizer_state_of_a_unit_with_a_parameter_in_its_gate(unit) -> None:
     created, deferred = both_ways(unit, {'gate_layer': 'prelu'})
-    states = []
+    states: list[dict[str, Any]] = []
     for each in (created, deferred):
         optimizer = torch.optim.SGD(each.parameters(), lr=0.1, momentum=0.9)
         if states:
