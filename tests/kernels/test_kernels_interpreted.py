@@ -1,4 +1,4 @@
-"""The tests of the kernels without a GPU, by Triton's interpreter, which has to be chosen before Triton is imported."""
+"""The tests of the kernels without a GPU, by Triton's interpreter. It must be chosen before Triton is imported."""
 
 import os
 import subprocess

@@ -1,5 +1,4 @@
-"""The Triton kernels of training against PyTorch's operations: on a GPU, or interpreted
-(test_kernels_interpreted.py)."""
+"""The Triton kernels for training against PyTorch's operations, on a GPU or interpreted."""
 
 import copy
 from typing import Any
@@ -40,7 +39,7 @@ NORMS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize('layout', LAYOUTS)
 @pytest.mark.parametrize('channels', [5, 16, 130])
 def test_norm_gate(channels, layout, dtypes) -> None:
-    """Result and gradients against those that autograd has of a BatchNorm, a sigmoid and a product."""
+    """Result and gradients against autograd for a BatchNorm, a sigmoid and a product."""
     place = (3, 9, 8)
     with poisoned():
         (x,), (z,) = (maps(1, channels, place, layout, dtype) for dtype in dtypes)
@@ -66,7 +65,7 @@ def test_norm_gate(channels, layout, dtypes) -> None:
 
 
 def test_norm_gate_of_nothing() -> None:
-    """As a process without images has it."""
+    """An empty batch, as in a process without images."""
     grad, x, z = maps(3, 5, (0, 9, 8), 'channels_last', torch.float32)
     rows = [torch.ones(5, device=DEVICE)] * 4
     assert norm_gate.norm_gate(x, z, *rows).shape == x.shape
@@ -76,7 +75,7 @@ def test_norm_gate_of_nothing() -> None:
 
 
 def test_sums_of_many_programs() -> None:
-    """One result however the positions are shared out."""
+    """The result does not depend on the number of programs."""
     grad, x, z = maps(3, 5, (3, 9, 8), 'channels_last', torch.float32)
     rows = torch.tensor([[0.0], [1], [1], [0]], device=DEVICE).repeat(1, 5).unbind()
     with mock.patch.object(norm_gate, '_TILE', 128):  # 16 positions
@@ -113,7 +112,7 @@ def test_training(norm, training, layout) -> None:
 
 
 def test_training_under_autocast() -> None:
-    """No further from float64 than without the kernels, in bfloat16 with an input of either type."""
+    """Errors against float64 are those without the kernels, in bfloat16 with an input of either type."""
     plain, me = pair(24)
     x, grad = torch.randn(2, 4, 24, 9, 8)
     x, grad = (t.contiguous(memory_format=torch.channels_last) for t in (x, grad))
@@ -154,8 +153,8 @@ def test_some_gradients() -> None:
             torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
 
 
-def test_what_the_kernels_of_training_leave_alone() -> None:
-    """Float64 and mixed norms: by PyTorch's operations, as without kernels."""
+def test_unsupported_dtypes_and_strides() -> None:
+    """PyTorch's operations run for float64, mixed norms and other strides of the gradient."""
     timm_atac.use_kernels(True)
     for dtype, norm_dtype in ((torch.float64, torch.float64), (torch.float32, torch.float64)):
         _, me = pair()
@@ -165,7 +164,7 @@ def test_what_the_kernels_of_training_leave_alone() -> None:
         with spied(norm_gate, *OPERATIONS):
             try:
                 me(x).sum().backward()
-            except RuntimeError:  # PyTorch's own, of types that do not go together
+            except RuntimeError:  # PyTorch raises it for types that do not match
                 assert dtype != norm_dtype
             assert [getattr(norm_gate, name).call_count for name in OPERATIONS] == [0, 0, 0]
     _, me = pair()
@@ -176,8 +175,8 @@ def test_what_the_kernels_of_training_leave_alone() -> None:
         assert [getattr(norm_gate, name).call_count for name in OPERATIONS] == [1, 0, 0]
 
 
-def test_rows_that_lie_otherwise() -> None:
-    """Weights and biases of a norm as columns of one table."""
+def test_rows_that_are_not_contiguous() -> None:
+    """Weight and bias of a norm are columns of one table."""
     timm_atac.use_kernels(True)
     _, me = pair()
     me.to(DEVICE)
@@ -190,7 +189,7 @@ def test_rows_that_lie_otherwise() -> None:
 
 
 def test_running_statistics_of_other_types() -> None:
-    """Of a model in bfloat16 whose norms have no weights: no further from float32 than without the kernels."""
+    """A model in bfloat16 whose norms have no weights: errors against float32 are those without the kernels."""
     plain, me = pair(norm_layer=lambda channels, **dd: nn.BatchNorm2d(channels, affine=False, **dd))
     x = torch.randn(3, 14, 7, 5, device=DEVICE).bfloat16()
     errors = []
@@ -206,8 +205,8 @@ def test_running_statistics_of_other_types() -> None:
     assert errors[1] < 1.5 * errors[0] + 1e-3 and errors[0] < 0.02
 
 
-def test_gradient_that_lies_otherwise() -> None:
-    """A backward pass that the kernels cannot do is that of PyTorch's operations."""
+def test_gradient_that_is_not_dense() -> None:
+    """If the kernels do not support the gradient, PyTorch's operations run in the backward pass."""
     plain, me = pair()
     timm_atac.use_kernels(True)
     x = torch.randn(3, 14, 7, 5, device=DEVICE)
@@ -239,7 +238,7 @@ def _synchronized(rank: int, folder: str) -> None:
 
 @pytest.mark.skipif(DEVICE.type != 'cpu', reason='gloo gathers on a CPU')
 def test_synchronized(tmp_path) -> None:
-    """Two processes with parts of a batch, one of them without the kernels, against one with all of it."""
+    """Two processes with a part of a batch each, one of them without the kernels, against one with the whole batch."""
     plain, me = pair()
     x, grad = torch.randn(2, 4, 14, 7, 5)
     torch.save((me, x, grad), tmp_path / 'given.pt')
