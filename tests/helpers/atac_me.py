@@ -30,7 +30,7 @@ def pair(channels: int = 14, **kwargs: Any) -> tuple[Any, Any]:
 
 def is_recomputed(y: torch.Tensor) -> bool:
     """True if y was computed as the one operation of ATACMe, which recomputes values in the backward pass."""
-    return y.grad_fn is not None and y.grad_fn.name() == '_UnitBackward'
+    return y.grad_fn is not None and y.grad_fn.name() == '_RecomputedATACBackward'
 
 
 def with_name(name: str) -> Callable[[str], str]:

@@ -139,6 +139,7 @@ _handle: RemovableHandle | None = None
 
 
 def _wait(unit: ChannelModule) -> None:
+    """Add a unit to the waiting ones, and install the hook."""
     global _handle
     with _lock:
         _waiting[unit] = []  # (weak reference to a parent, name in it), from the innermost parent outwards
@@ -156,6 +157,7 @@ def _on_registration(parent: nn.Module, name: str, module: nn.Module | None) -> 
 
 
 def _infer_width(unit: ChannelModule, places: list, parent: nn.Module, name: str, module: nn.Module) -> None:
+    """Create the unit's layers if its width is known now that `module` becomes `parent.name`."""
     outermost = places[-1][0]() if places else unit
     if module is outermost:
         places.append((weakref.ref(parent), name))
@@ -170,6 +172,7 @@ def _infer_width(unit: ChannelModule, places: list, parent: nn.Module, name: str
 
 
 def _materialize(unit: ChannelModule, width: Width) -> None:
+    """Create the layers of a waiting unit, with device and dtype of the layer that its width comes from."""
     del _waiting[unit]
     del unit.unknown_width
     unit.input_fmt = width.likely_fmt

@@ -54,17 +54,18 @@ class ATACMe(ATAC):
         if not torch.jit.is_scripting():
             if _can_recompute(self, x):
                 norms = BatchNorm.from_module(self.bn1), BatchNorm.from_module(self.bn2)
-                affine = (self.bn1.weight, self.bn1.bias, self.bn2.weight, self.bn2.bias)
-                return _Unit.apply(x, self.conv1.weight, self.conv2.weight, *affine, *norms, autocast_dtype(x))
+                weights = self.conv1.weight, self.conv2.weight
+                affine = self.bn1.weight, self.bn1.bias, self.bn2.weight, self.bn2.bias
+                return _RecomputedATAC.apply(x, *weights, *affine, *norms, autocast_dtype(x))
         return x * self.gate(self.bottleneck(x))
 
 
-# as `atac.ACTIVATIONS`. For these names timm creates these, except in models that are to be exported or scripted
+# as `atac.ACTIVATIONS`: timm creates these for their names, except in models that are to be exported or scripted
 ACTIVATIONS_ME: dict[str, type[ATAC]] = {'atac': ATACMe}
 
 
 def _can_recompute(unit: ATACMe, x: torch.Tensor) -> bool:
-    """True if `_Unit` computes what the unit's parts compute for x, and gradients are enabled."""
+    """True if `_RecomputedATAC` computes what the unit's parts compute for x, and gradients are enabled."""
     if not torch.is_grad_enabled() or must_run_op_by_op(x):
         return False
     parts = (unit.conv1, unit.bn1, unit.act, unit.conv2, unit.bn2, unit.gate)
@@ -99,7 +100,7 @@ def _is_pointwise(conv: nn.Module) -> bool:
     )
 
 
-class _Unit(torch.autograd.Function):
+class _RecomputedATAC(torch.autograd.Function):
     """`ATAC` as one operation of autograd."""
 
     @staticmethod
@@ -116,13 +117,13 @@ class _Unit(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        constants = (None, None, None)
+        backward = _differentiable_backward if torch.is_grad_enabled() else _backward
         with without_autocast(grads[0].device):
-            return (*(_differentiable_backward if torch.is_grad_enabled() else _backward)(ctx, *grads), *constants)
+            return (*backward(ctx, *grads), None, None, None)
 
 
 def _backward(ctx: Any, grad_y: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    """Return the gradients of the first seven arguments of `_Unit`."""
+    """Return the gradients of the first seven arguments of `_RecomputedATAC`."""
     x, weight1, weight2, scale1, shift1, scale2, shift2, hidden, *statistics = ctx.saved_tensors
     norm1, norm2 = ctx.norms
     statistics1, statistics2 = Statistics(*statistics[:4]), Statistics(*statistics[4:])
