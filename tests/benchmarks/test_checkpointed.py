@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn as nn
-from lean_units import SHAPE, naming, pair
+from atac_me import SHAPE, pair, with_name
 from measuring.checkpointed import CheckpointedATAC
 from measuring.timing import bytes_kept
 
@@ -43,7 +43,7 @@ def test_same_numbers(training, momentum, layout) -> None:
     for _ in range(2):  # the second time with other running statistics
         expected, found = (everything(unit, x, grad) for unit in units)
         for name, value in expected.items():
-            torch.testing.assert_close(found[name], value, rtol=0, atol=0, msg=naming(name))
+            torch.testing.assert_close(found[name], value, rtol=0, atol=0, msg=with_name(name))
         assert units[1].bn1.momentum == momentum and units[1].training == training
 
 

@@ -1,4 +1,4 @@
-"""What the tests of the kernels share: where they run, maps between guards, tolerances."""
+"""Shared parts of the kernels' tests: the device, guarded maps, tolerances."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,17 +26,17 @@ __all__ = [
 
 DEVICE = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
 LAYOUTS = {'channels_last': torch.channels_last, 'contiguous': torch.contiguous_format}
-# largest errors over all values together: the result is rounded once and, where the products are of a narrow type, so
-# are the hidden values; the interpreter cuts bfloat16 off instead of rounding it
+# largest relative errors over all values together: the result is rounded once, and hidden values are rounded if the
+# products are of half precision; the interpreter truncates bfloat16 and does not round it
 ERRORS = {torch.float32: 5e-7, torch.float16: 4e-4, torch.bfloat16: 6e-3 if IS_INTERPRETED else 2.4e-3}
-_GUARD = 4096  # values before and after
+_GUARD = 4096  # values before and after a tensor
 
 _empty_like = torch.empty_like
 _kept: list[tuple[torch.Tensor, torch.Tensor]] = []
 
 
 def guarded(values: torch.Tensor) -> torch.Tensor:
-    """The same values and strides, on the device, with NaNs before and after: whoever reads those returns NaNs."""
+    """Copy to the device with the same strides, with NaNs before and after. Reading those would give NaNs."""
     values = values.to(DEVICE)
     around = torch.full((values.numel() + 2 * _GUARD,), torch.nan, dtype=values.dtype, device=DEVICE)
     inside = around[_GUARD : _GUARD + values.numel()].as_strided(values.shape, values.stride(), _GUARD)
@@ -47,7 +47,7 @@ def guarded(values: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def poisoned() -> Iterator[None]:
-    """Results are allocated full of NaNs, between guards, which have to be there at the end."""
+    """Allocate results full of NaNs between guards, and check at the end that the guards are unchanged."""
 
     def empty_like(t: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
         return guarded(torch.full_like(t, torch.nan, dtype=dtype))
@@ -61,7 +61,7 @@ def poisoned() -> Iterator[None]:
 
 
 def error(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """Of all values together, over them; NaN if there is one."""
+    """The norm of the difference over the norm of the expected values, NaN if there is a NaN."""
     difference = found.double().cpu() - expected.double().cpu()
     return (difference.norm() / expected.double().norm().cpu()).item() if found.numel() else 0.0
 
@@ -82,13 +82,13 @@ def exact(function, *args: torch.Tensor) -> torch.Tensor:
 
 
 def spied(module: Any, *names: str) -> Any:
-    """Counts calls of operations."""
+    """Replace operations by mocks that call them and count the calls."""
     spies = {name: mock.Mock(wraps=getattr(module, name)) for name in names}
     return mock.patch.multiple(module, **spies)
 
 
 def skip_without_kernels() -> None:
-    """At the head of a module."""
+    """Skip the tests of the module that calls this function, if the kernels cannot run."""
     if not can_run(DEVICE):
-        reason = 'no GPU: test_kernels_interpreted.py runs these in a process of their own'
+        reason = 'no GPU: test_kernels_interpreted.py runs these tests in another process'
         pytest.skip(reason, allow_module_level=True)

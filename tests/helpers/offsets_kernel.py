@@ -1,4 +1,4 @@
-"""A kernel that writes where a value is, for a test; imported where Triton is."""
+"""A kernel that writes the offset of a value, for a test. Importing this file imports Triton."""
 
 import triton
 import triton.language as tl
@@ -10,7 +10,7 @@ __all__ = ['write']
 
 @triton.jit
 def write(out, position, area, channel, CHANNELS: tl.constexpr, CHANNELS_LAST: tl.constexpr):
-    """The offset of a position's first channel, and from there to another channel."""
+    """Write the offset of a position's first channel, and the offset from there to another channel."""
     positions = position.to(tl.int64) + tl.arange(0, 1)
     start = start_of(positions, area, CHANNELS, CHANNELS_LAST)
     offset = tl.sum(value_at(start, channel + tl.arange(0, 1), area, CHANNELS_LAST))

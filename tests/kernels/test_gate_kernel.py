@@ -8,7 +8,7 @@ from timm_atac.kernels.gate import gate_
 
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_gate(dtype) -> None:
-    """Every size of z, infinite ones too, with other strides than those of x."""
+    """All sizes of z, also infinite ones, with other strides than x."""
     ends = [
         -torch.inf,
         -1e4,

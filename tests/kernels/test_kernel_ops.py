@@ -1,4 +1,4 @@
-"""The operations that the kernels are, without running a kernel: what PyTorch sees of them, and when they run."""
+"""The operations around the kernels, without running a kernel: their registration, and when they run."""
 
 import copy
 from typing import Any
@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import timm
 import torch
+from atac_me import pair
 from fused_models import images, lived_in
-from lean_units import pair
 from torch._dynamo.backends.common import aot_autograd
 from torch._subclasses import FakeTensorMode
 from torch.utils._pytree import tree_leaves
@@ -29,28 +29,28 @@ pytestmark = pytest.mark.usefixtures('kernels_as_before')
 
 @pytest.fixture
 def on_the_cpu(monkeypatch) -> None:
-    """Fused units call the operation, which computes the formula there."""
+    """Fused units call the operation on a CPU, where it computes the formula."""
     monkeypatch.setattr(fused, 'can_run', lambda device: True)
     monkeypatch.setattr(switch, 'IS_INSTALLED', True)
 
 
 def arguments(dtype: torch.dtype = torch.float32, memory_format: Any = torch.channels_last) -> list[torch.Tensor]:
-    """Of `atac`."""
+    """Arguments of `atac`."""
     shapes = [(6, 14), (6,), (14, 6), (14,)]
     x = torch.randn(3, 14, 7, 5, dtype=dtype).contiguous(memory_format=memory_format)
     return [x, *(torch.randn(shape, dtype=dtype) for shape in shapes)]
 
 
 def calls(count: int, memory_format: Any = torch.channels_last) -> list[torch.Tensor]:
-    """Maps and rows of the other operations."""
+    """Maps and rows for the other operations."""
     maps = [torch.randn(3, 14, 7, 5).contiguous(memory_format=memory_format) for _ in range(count)]
     return [*maps, *(torch.rand(14) + 0.5 for _ in range(4))]
 
 
 @pytest.mark.filterwarnings('ignore:The .grad attribute of a Tensor:UserWarning')
 @pytest.mark.parametrize('memory_format', LAYOUTS)
-def test_operations_are_what_they_say(memory_format) -> None:
-    """Schemas, fakes and gradients, by PyTorch's own check, which reads .grad of its own views."""
+def test_registration(memory_format) -> None:
+    """Schemas, fakes and gradients pass PyTorch's own check, which reads .grad of its own views."""
     args = tuple(t.requires_grad_() for t in arguments(memory_format=memory_format))
     torch.library.opcheck(atac.atac, args)
     torch.library.opcheck(norm_gate.norm_gate, tuple(calls(2, memory_format)))
@@ -79,7 +79,7 @@ def test_formulas() -> None:
 
 @pytest.mark.parametrize('memory_format', LAYOUTS)
 def test_formulas_of_training(memory_format) -> None:
-    """Result and gradients are those that autograd has of a BatchNorm, a sigmoid and a product."""
+    """Result and gradients are those of autograd for a BatchNorm, a sigmoid and a product."""
     grad, x, z, *_, weight, bias = (t.double() for t in calls(3, memory_format))
     norm = torch.nn.BatchNorm2d(14).double()
     norm.weight.data, norm.bias.data = weight, bias
@@ -97,7 +97,7 @@ def test_formulas_of_training(memory_format) -> None:
 
 
 def test_gradients_that_are_not_finite() -> None:
-    """Where the ReLU lets nothing through, an infinite gradient is not either."""
+    """Where the ReLU is zero, an infinite gradient gives the same as with autograd."""
     args = [t.requires_grad_() for t in arguments(torch.float64)]
     grad = torch.ones(3, 14, 7, 5, dtype=torch.float64)
     grad[0, 0, 0, 0] = torch.inf
@@ -106,7 +106,7 @@ def test_gradients_that_are_not_finite() -> None:
         assert torch.equal(value.isfinite(), expected.isfinite())
 
 
-def test_gradients_are_of_what_is_needed() -> None:
+def test_only_needed_gradients_are_computed() -> None:
     for index in range(5):
         args = [t.requires_grad_(i == index) for i, t in enumerate(arguments())]
         with FlopCounterMode(display=False) as counter:
@@ -144,11 +144,11 @@ def changed(args: list[torch.Tensor], index: int, change: Any) -> list[torch.Ten
 @pytest.mark.parametrize(
     'index, change, match',
     [
-        (0, lambda x: x[0], r'got shapes \[\(14, 7, 5\), .*expected an input \(B, C, H, W\), weights \(K, C\)'),
-        (1, lambda w: w.t(), r'\(14, 6\), \(6,\), .*expected an input \(B, C, H, W\), weights \(K, C\)'),
+        (0, lambda x: x[0], r'got shapes \[\(14, 7, 5\), .*Expected an input \(B, C, H, W\), weights \(K, C\)'),
+        (1, lambda w: w.t(), r'\(14, 6\), \(6,\), .*Expected an input \(B, C, H, W\), weights \(K, C\)'),
         (2, lambda b: b[1:], r'got shapes .*\(5,\)'),
-        (0, lambda x: x.half(), 'input of torch.float16 and parameters of {torch.float32}, expected'),
-        (4, lambda b: b.double(), 'expected parameters of one floating-point type'),
+        (0, lambda x: x.half(), 'input of torch.float16 and parameters of {torch.float32}. Expected'),
+        (4, lambda b: b.double(), 'Expected parameters of one floating-point type'),
         (0, lambda x: x.long(), 'input of torch.int64'),
     ],
 )
@@ -169,11 +169,11 @@ def test_wrong_arguments_of_the_others() -> None:
     }
     for operation, (count, more) in operations.items():
         args = calls(count)
-        with pytest.raises(ValueError, match=r'values a channel of shapes .*\(13,\)'):
+        with pytest.raises(ValueError, match=r'values per channel of shapes .*\(13,\)'):
             operation(*changed(args, count, lambda row: row[1:]), *more)
         with pytest.raises(ValueError, match=r'got maps of shapes .*\(3, 14, 6, 5\)'):
             operation(*changed(args, 1, lambda z: z[:, :, 1:]), *more)
-        with pytest.raises(ValueError, match='expected all of them channels_last, or all contiguous'):
+        with pytest.raises(ValueError, match='Expected all channels_last, or all contiguous'):
             operation(*changed(args, 1, torch.Tensor.contiguous), *more)
 
 
@@ -216,7 +216,7 @@ def test_environment(monkeypatch) -> None:
         monkeypatch.setenv('TIMM_ATAC_KERNELS', value)
         assert switch._from_environment() is expected
     monkeypatch.setenv('TIMM_ATAC_KERNELS', 'never')
-    monkeypatch.setattr(switch, '_asked', switch._from_environment())  # an import has other things to do
+    monkeypatch.setattr(switch, '_choice', switch._from_environment())  # an import must not fail
     assert switch.is_wanted('atac', CUDA, 64, own=True)
     with pytest.raises(ValueError, match=r"TIMM_ATAC_KERNELS='never': expected 1 .*, 0 \(nowhere\), or nothing"):
         switch.is_wanted('atac', CUDA, 64)
@@ -232,7 +232,7 @@ def test_without_triton(monkeypatch) -> None:
 
 
 def test_triton_that_does_not_load(tmp_path, python) -> None:
-    """Found before anything depends on it."""
+    """The import error is raised when the kernels are enabled."""
     (tmp_path / 'triton').mkdir()
     (tmp_path / 'triton' / '__init__.py').write_text("raise ImportError('no libtriton.so')")
     code = """
@@ -250,7 +250,7 @@ assert torch.equal(atac.atac(*arguments), atac.formula(*arguments))
     python(code, PYTHONPATH=str(tmp_path), TRITON_INTERPRET='1')
 
 
-def test_choices_that_are_none() -> None:
+def test_wrong_choices() -> None:
     choices: tuple[Any, ...] = ('no', 1, [])
     for choice in choices:
         with pytest.raises(ValueError, match=r'use_kernels: got .*, expected True .*, False \(nowhere\) or None'):
@@ -260,7 +260,7 @@ def test_choices_that_are_none() -> None:
 
 
 def test_nothing_is_imported_before_it_is_needed(python) -> None:
-    """With a kernel asked for on a CPU, where it cannot run, and none in training."""
+    """With kernels enabled on a CPU, where they cannot run."""
     code = """
 import sys, torch, timm, timm_atac
 model = timm_atac.fuse(timm.create_model('atac_resnet8_cifar'), example_input=torch.zeros(2, 3, 32, 32))
@@ -291,7 +291,7 @@ def test_printed(monkeypatch) -> None:
 
 
 def test_changed_parts(on_the_cpu) -> None:
-    """A layer in place of another one, which has perhaps no weight, is called."""
+    """Layers that replaced others, perhaps without a weight, are called."""
     x = torch.randn(3, 14, 7, 5)
     fused: Any = fuse(pair()[0], example_input=x, kernel=True)
     expected = fused(x)
@@ -311,7 +311,7 @@ def test_wide_units_are_two_products(monkeypatch, on_the_cpu) -> None:
 @pytest.mark.filterwarnings('ignore:The .grad attribute of a Tensor:UserWarning')
 @pytest.mark.parametrize('compiled', [False, True])
 def test_transforms(on_the_cpu, compiled) -> None:
-    """Of functions, whose rules are those of the operations inside."""
+    """jvp, vmap and grad of torch.func, which use the rules of the operations inside."""
     torch.compiler.reset()
     x, v = torch.randn(2, 3, 14, 7, 5)
     given = pair()[0]
@@ -356,7 +356,7 @@ def count(graph: torch.fx.Graph) -> int:
 
 
 def test_compiled(on_the_cpu) -> None:
-    """One graph, whose nodes are the operations; another one after the switch."""
+    """The operations are nodes of one graph. After the switch, there is another graph."""
     model, x, expected = model_and_images()
     units = [m for m in model.modules() if isinstance(m, FusedATAC)]
     counts: list[int] = []
@@ -376,7 +376,7 @@ def test_compiled(on_the_cpu) -> None:
 
 
 def test_exported(on_the_cpu, tmp_path, python) -> None:
-    """Whole; whoever loads the program imports the operation."""
+    """The operation is one node. To load the program, one must import the operation."""
     model, x, expected = model_and_images()
     program = torch.export.export(model, (x,))
     assert count(program.graph) == sum(isinstance(m, FusedATAC) for m in model.modules())
@@ -404,7 +404,7 @@ def test_other_exports_have_no_kernel(on_the_cpu, run_onnx) -> None:
 
 @needs_triton
 def test_traced_for_a_gpu(monkeypatch) -> None:
-    """The compiler gets one operation, and inside of it the Triton kernel: without a GPU, of tensors without values."""
+    """The compiler gets one operation with the Triton kernel in it. The tensors are fake, so no GPU is needed."""
     unit: Any = fuse(pair(16)[0], example_input=torch.randn(2, 16, 4, 4), kernel=True)
     monkeypatch.setattr(atac, 'can_run', lambda device: True)
     traced: list[torch.fx.GraphModule] = []
@@ -434,7 +434,7 @@ def test_traced_for_a_gpu(monkeypatch) -> None:
     'dtype, channels_last', [('bfloat16', True), ('float16', False), ('float32', True), ('autocast', True)]
 )
 def test_compiles_for_gpus(dtype, channels_last) -> None:
-    """All kernels, for GPUs that are not here: no registers spilled, no more shared memory than there is."""
+    """All kernels compile for GPUs that are not here, without spilled registers and within the shared memory."""
     from kernel_resources import launches
 
     found = [launches(channels, dtype, channels_last) for channels in (20, 64, 512)]

@@ -1,5 +1,4 @@
-"""The Triton kernel of inference against its formula in float64: on a GPU, or interpreted
-(test_kernels_interpreted.py)."""
+"""The Triton kernel for inference against its formula in float64, on a GPU or interpreted."""
 
 from typing import Any
 from unittest import mock
@@ -7,9 +6,9 @@ from unittest import mock
 import pytest
 import timm
 import torch
+from atac_me import pair
 from fused_models import images, lived_in
 from kernel_units import DEVICE, ERRORS, LAYOUTS, error, exact, maps, parameters, poisoned, skip_without_kernels, spied
-from lean_units import pair
 
 from timm_atac import fuse
 from timm_atac.inference.fuse import FusedATAC
@@ -37,7 +36,7 @@ def test_atac(channels, hidden, layout, dtype) -> None:
 
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
 def test_atac_of_float32_by_narrow_weights(dtype) -> None:
-    """Under autocast: the result is not rounded to the narrow type."""
+    """As under autocast: the result is not rounded to half precision."""
     (x,) = maps(1, 24, (2, 7, 5), 'channels_last', torch.float32)
     weights = parameters(24, 12, dtype)
     y = atac.atac(x, *weights)
@@ -48,7 +47,7 @@ def test_atac_of_float32_by_narrow_weights(dtype) -> None:
 @pytest.mark.parametrize('tile', [Tile(16, 16, 16, 16, 4), Tile(32, 16, 16, 32, 4), Tile(64, 64, 64, 64, 4)])
 @pytest.mark.parametrize('layout', LAYOUTS)
 def test_atac_by_tiles(tile, layout) -> None:
-    """In fewer hidden channels at a time than there are, and in tiles of which the map fills a part."""
+    """Tiles with fewer hidden channels than there are, and tiles that the map fills only partly."""
     with poisoned():
         x, weights = maps(1, 70, (2, 7, 5), layout, torch.float32)[0], parameters(70, 35, torch.float32)
         y = atac.launch(x, *weights, tile=tile)
@@ -66,7 +65,7 @@ def test_atac_of_nothing_and_of_what_is_not_finite() -> None:
     assert found.isfinite().all(1).sum() == 9
 
 
-def test_weights_that_lie_otherwise() -> None:
+def test_weights_that_are_not_contiguous() -> None:
     weight1, bias1, weight2, bias2 = parameters(24, 12, torch.float32)
     (x,) = maps(1, 24, (2, 7, 5), 'channels_last', torch.float32)
     found = atac.atac(x, weight1.t().contiguous().t(), bias1.repeat(2).view(2, -1)[1], weight2, bias2[::1])
@@ -74,7 +73,7 @@ def test_weights_that_lie_otherwise() -> None:
 
 
 def test_offsets_of_more_than_32_bits() -> None:
-    """Where the last position of a map of 2 ** 31 values and more is."""
+    """The offset of the last position of a map of more than 2 ** 31 values."""
     import offsets_kernel
 
     area, channels = 300_000, 1000
@@ -123,7 +122,7 @@ def test_fused_network(layout) -> None:
 @pytest.mark.parametrize('input_fmt, shape', [('NCHW', (3, 14, 7, 5)), ('NHWC', (3, 7, 5, 14)), ('NLC', (3, 11, 14))])
 @pytest.mark.parametrize('dtype', [None, torch.bfloat16, torch.float16])
 def test_fused_unit(input_fmt, shape, dtype) -> None:
-    """In every layout, under autocast and not."""
+    """In every layout, with and without autocast."""
     unit = pair(input_fmt=input_fmt)[0].to(DEVICE).eval()
     x = torch.randn(shape, device=DEVICE)
     fused = fuse(unit, example_input=x, kernel=True)
@@ -137,7 +136,7 @@ def test_fused_unit(input_fmt, shape, dtype) -> None:
 
 
 def test_where_the_kernel_does_not_fit() -> None:
-    """Strides, types and changed parts that it cannot do are computed by the two products."""
+    """For strides, types and changed parts that the kernel does not support, the two products run."""
     unit = pair()[0].to(DEVICE).eval()
     x = torch.randn(3, 28, 7, 5, device=DEVICE)[:, ::2]
     fused: Any = fuse(unit, example_input=x, kernel=True)
@@ -154,7 +153,7 @@ def test_where_the_kernel_does_not_fit() -> None:
 
 
 def test_precision_of_float32(monkeypatch) -> None:
-    """As in convolutions."""
+    """The precision is that of convolutions."""
     for allowed, expected in ((True, 'tf32'), (False, 'ieee')):
         monkeypatch.setattr(torch.backends.cudnn, 'allow_tf32', allowed)
         with mock.patch.object(atac, 'run_kernel') as run:
@@ -163,7 +162,7 @@ def test_precision_of_float32(monkeypatch) -> None:
 
 
 def test_types_that_stay_as_they_are() -> None:
-    """Float64 is computed by the formula, and types that do not go together are PyTorch's error."""
+    """Float64 uses the formula. For types that do not match, PyTorch raises."""
     x = torch.randn(2, 14, 3, 3, dtype=torch.float64, device=DEVICE)
     weights = [w.double() for w in parameters(14, 7, torch.float32)]
     torch.testing.assert_close(atac.atac(x, *weights), atac.formula(x, *weights), rtol=1e-12, atol=1e-12)

@@ -1,4 +1,4 @@
-"""The tests of the kernels without a GPU, by Triton's interpreter, which has to be chosen before Triton is imported."""
+"""The tests of the kernels without a GPU, by Triton's interpreter. It must be chosen before Triton is imported."""
 
 import os
 import subprocess
@@ -16,10 +16,11 @@ from timm_atac.kernels.switch import IS_INSTALLED
 @pytest.mark.skipif(not IS_INSTALLED, reason='needs PyTorch 2.7 or newer with Triton')
 def test_kernels_interpreted(tmp_path) -> None:
     folder = Path(__file__).parent
+    tests = ('test_kernels.py', 'test_kernels_training.py', '../benchmarks/test_kernels_benchmarks.py')
     report = tmp_path / 'report.xml'
     command = [sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', f'--junitxml={report}']
     done = subprocess.run(
-        [*command, *(str(folder / f'test_kernels{part}.py') for part in ('', '_training', '_benchmarks'))],
+        [*command, *(str(folder / test) for test in tests)],
         env=os.environ | {'TRITON_INTERPRET': '1'},
         capture_output=True,
         text=True,

@@ -1,4 +1,4 @@
-"""The units against their formula, and in every way PyTorch runs a module."""
+"""The units against their formula, and in all ways in which PyTorch runs a module."""
 
 import copy
 import math
@@ -18,7 +18,7 @@ SHAPE = (3, 14, 7, 5)
 
 
 def make(unit, channels: int = 14, **kwargs) -> Any:
-    """A unit whose norms have something to do."""
+    """A unit whose norms are not the identity."""
     module = unit(channels, **kwargs)
     for norm in (module.bn1, module.bn2):
         nn.init.uniform_(norm.weight, 0.5, 1.5)
@@ -35,8 +35,8 @@ def reference(unit: Any, x: torch.Tensor) -> torch.Tensor:
         scale = bn.weight / (bn.running_var + bn.eps).sqrt()
         return (v - bn.running_mean[:, None, None]) * scale[:, None, None] + bn.bias[:, None, None]
 
-    look = x.mean((2, 3), keepdim=True) if isinstance(unit, SEActivation) else x
-    hidden = norm(unit.bn1, torch.einsum('oi,bihw->bohw', unit.conv1.weight[:, :, 0, 0], look)).clamp(min=0)
+    pooled = x.mean((2, 3), keepdim=True) if isinstance(unit, SEActivation) else x
+    hidden = norm(unit.bn1, torch.einsum('oi,bihw->bohw', unit.conv1.weight[:, :, 0, 0], pooled)).clamp(min=0)
     out = norm(unit.bn2, torch.einsum('oi,bihw->bohw', unit.conv2.weight[:, :, 0, 0], hidden))
     return out if isinstance(unit, NiN) else x / (1 + torch.exp(-out))
 

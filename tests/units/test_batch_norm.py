@@ -1,4 +1,4 @@
-"""The lean unit with BatchNorms of every kind and in every mode, against the plain one."""
+"""ATACMe against ATAC with BatchNorms of every type and in every mode."""
 
 import copy
 from typing import Any
@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn as nn
-from lean_units import SHAPE, assert_same, everything, is_lean, naming, pair
+from atac_me import SHAPE, assert_same, everything, is_recomputed, pair, with_name
 from timm.utils import freeze
 
 from timm_atac.units.batch_norm import BatchNorm
@@ -24,52 +24,52 @@ from timm_atac.units.batch_norm import BatchNorm
 )
 @pytest.mark.parametrize('training', [True, False])
 def test_norms(options, training) -> None:
-    plain, lean = pair(norm_layer=lambda channels, **dd: nn.BatchNorm2d(channels, **options, **dd))
+    plain, me = pair(norm_layer=lambda channels, **dd: nn.BatchNorm2d(channels, **options, **dd))
     plain.double().train(training)
-    lean.double().train(training)
+    me.double().train(training)
     for _ in range(2):
-        assert_same(plain, lean, torch.randn(SHAPE, dtype=torch.float64), rtol=1e-12, atol=1e-13)
+        assert_same(plain, me, torch.randn(SHAPE, dtype=torch.float64), rtol=1e-12, atol=1e-13)
 
 
 def test_one_norm_frozen() -> None:
     """As in fine-tuning with some norms in eval mode."""
-    plain, lean = pair()
-    for unit in (plain.double(), lean.double()):
+    plain, me = pair()
+    for unit in (plain.double(), me.double()):
         unit.bn1.eval().requires_grad_(False)
-    assert_same(plain, lean, torch.randn(SHAPE, dtype=torch.float64), rtol=1e-12, atol=1e-13)
+    assert_same(plain, me, torch.randn(SHAPE, dtype=torch.float64), rtol=1e-12, atol=1e-13)
 
 
 def test_frozen_by_timm() -> None:
-    plain, lean = pair()
-    for unit in (plain, lean):
+    plain, me = pair()
+    for unit in (plain, me):
         freeze(unit, ['bn1', 'bn2'])
-    assert type(lean.bn1).__name__ == 'FrozenBatchNorm2d'
-    assert_same(plain, lean, torch.randn(SHAPE), rtol=1e-5, atol=1e-5)
+    assert type(me.bn1).__name__ == 'FrozenBatchNorm2d'
+    assert_same(plain, me, torch.randn(SHAPE), rtol=1e-5, atol=1e-5)
     with torch.autocast('cpu', torch.bfloat16):
-        assert not is_lean(lean(torch.randn(SHAPE)))  # a frozen norm returns float32 there
+        assert not is_recomputed(me(torch.randn(SHAPE)))  # a frozen norm returns float32 there
 
 
 def test_statistics_are_taken_once() -> None:
-    _, lean = pair()
-    lean(torch.randn(SHAPE)).sum().backward()
-    before = {name: buffer.clone() for name, buffer in lean.named_buffers()}
+    _, me = pair()
+    me(torch.randn(SHAPE)).sum().backward()
+    before = {name: buffer.clone() for name, buffer in me.named_buffers()}
     assert before['bn1.num_batches_tracked'] == before['bn2.num_batches_tracked'] == 1
-    lean(torch.randn(SHAPE)).backward(torch.randn(SHAPE))
-    after = dict(lean.named_buffers())
+    me(torch.randn(SHAPE)).backward(torch.randn(SHAPE))
+    after = dict(me.named_buffers())
     assert after['bn2.num_batches_tracked'] == 2
     assert not torch.equal(before['bn2.running_var'], after['bn2.running_var'])
 
 
 def test_statistics_that_change_before_the_backward_pass() -> None:
-    """Evaluated by running statistics, which a training pass then updates: the gradients are those of that moment."""
-    plain, lean = pair()
+    """An evaluation uses running statistics, a training pass updates them: the gradients use the earlier statistics."""
+    plain, me = pair()
     x, grad = torch.randn(2, *SHAPE, dtype=torch.float64)
-    expected = everything(plain.double().eval(), x, grad, lean=False)
+    expected = everything(plain.double().eval(), x, grad, recomputed=False)
     x.requires_grad_()
-    y = lean.double().eval()(x)
-    lean.train()(x.detach() * 3)
+    y = me.double().eval()(x)
+    me.train()(x.detach() * 3)
     y.backward(grad)
-    for name, p in lean.named_parameters():
+    for name, p in me.named_parameters():
         torch.testing.assert_close(p.grad, expected[name], rtol=1e-11, atol=1e-11)
     torch.testing.assert_close(x.grad, expected['input'], rtol=1e-11, atol=1e-11)
 
@@ -77,7 +77,7 @@ def test_statistics_that_change_before_the_backward_pass() -> None:
 @pytest.mark.parametrize('frozen', [[], ['bn1'], ['bn1', 'bn2']])
 @pytest.mark.parametrize('shape', [(0, 14, 4, 4), (1, 14, 1, 1)])
 def test_nothing_to_take_statistics_of(frozen, shape) -> None:
-    """Both forms do the same, errors and running statistics included."""
+    """ATAC and ATACMe do the same, also for errors and running statistics."""
     found: list[Any] = []
     for unit in pair():
         if frozen:
@@ -95,9 +95,9 @@ def test_nothing_to_take_statistics_of(frozen, shape) -> None:
 
 
 def test_one_value_a_channel_is_an_error() -> None:
-    _, lean = pair()
+    _, me = pair()
     with pytest.raises(ValueError, match='Expected more than 1 value per channel'):
-        lean(torch.randn(1, 14, 1, 1, requires_grad=True))
+        me(torch.randn(1, 14, 1, 1, requires_grad=True))
 
 
 def _sync(rank: int, folder: str, sizes: tuple[int, ...]) -> None:
@@ -108,10 +108,10 @@ def _sync(rank: int, folder: str, sizes: tuple[int, ...]) -> None:
         unit = nn.SyncBatchNorm.convert_sync_batchnorm(unit)
         x, grad = x.split(sizes)[rank], grad.split(sizes)[rank]
         single = copy.deepcopy(unit).float()
-        torch.save(everything(unit, x, grad, lean=True), f'{folder}/{rank}.pt')
+        torch.save(everything(unit, x, grad, recomputed=True), f'{folder}/{rank}.pt')
         with torch.autocast('cpu', torch.bfloat16):
-            torch.save(everything(single, x.float(), grad.float(), lean=True), f'{folder}/{rank}-bf16.pt')
-        with pytest.raises(RuntimeError, match='A SyncBatchNorm has no second derivative'):
+            torch.save(everything(single, x.float(), grad.float(), recomputed=True), f'{folder}/{rank}-bf16.pt')
+        with pytest.raises(RuntimeError, match='SyncBatchNorm has no second derivative'):
             torch.autograd.grad(unit(x.requires_grad_()).sum(), x, create_graph=True)
     finally:
         dist.destroy_process_group()
@@ -120,14 +120,13 @@ def _sync(rank: int, folder: str, sizes: tuple[int, ...]) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize('sizes, affine', [((3, 1), True), ((4, 0), False)])
 def test_synchronized_norms(tmp_path, sizes, affine) -> None:
-    """Two processes with parts of a batch, one of them perhaps without images, against one with all of it."""
-    plain, lean = pair(norm_layer=lambda channels, **dd: nn.BatchNorm2d(channels, affine=affine, **dd))
-    del lean._norm_layer
+    """Two processes with a part of a batch each, one part may be empty, against one process with the whole batch."""
+    plain, me = pair(norm_layer=lambda channels, **dd: nn.BatchNorm2d(channels, affine=affine, **dd))
     x, grad = torch.randn(2, 4, 14, 25, 23).double()
-    grad += 1  # what is rounded in the same way at every position then adds up
-    torch.save((lean.double(), x, grad), tmp_path / 'given.pt')
+    grad += 1  # equal rounding errors at all positions then add up
+    torch.save((me.double(), x, grad), tmp_path / 'given.pt')
     torch.multiprocessing.spawn(_sync, args=(str(tmp_path), sizes), nprocs=2)
-    expected = everything(plain.double(), x, grad, lean=False)
+    expected = everything(plain.double(), x, grad, recomputed=False)
     parts = [torch.load(tmp_path / f'{rank}.pt', weights_only=True) for rank in (0, 1)]
     for name, value in expected.items():
         if name in ('output', 'input'):
@@ -136,8 +135,8 @@ def test_synchronized_norms(tmp_path, sizes, affine) -> None:
             found = parts[0][name]
             torch.testing.assert_close(parts[1][name], found)
         else:
-            found = parts[0][name] + parts[1][name]  # DDP takes the mean, of losses that are means
-        torch.testing.assert_close(found, value, rtol=1e-10, atol=1e-9, msg=naming(name))
+            found = parts[0][name] + parts[1][name]  # DDP takes the mean of gradients, and each loss is a mean
+        torch.testing.assert_close(found, value, rtol=1e-10, atol=1e-9, msg=with_name(name))
 
     halves = [torch.load(tmp_path / f'{rank}-bf16.pt', weights_only=True) for rank in (0, 1)]
     for name in ('conv1.weight', 'conv2.weight'):
@@ -147,12 +146,12 @@ def test_synchronized_norms(tmp_path, sizes, affine) -> None:
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
 def test_statistics_alone(dtype) -> None:
-    """For one who normalises: the same values, and the same running statistics, as of a forward pass."""
+    """Without normalising: the same values and running statistics as in a forward pass."""
     norms: list[Any] = [nn.BatchNorm2d(14, dtype=dtype) for _ in range(2)]
     h = torch.randn(SHAPE, dtype=dtype) + 1
     expected = norms[0](h)
-    norm = BatchNorm.of(norms[1])
-    mean, invstd, weight, bias = (v.view(1, -1, 1, 1) for v in norm.scales(norm.statistics(h), None, None))
+    norm = BatchNorm.from_module(norms[1])
+    mean, invstd, weight, bias = (v.view(1, -1, 1, 1) for v in norm.rows(norm.statistics(h), None, None))
     torch.testing.assert_close((h - mean) * invstd * weight + bias, expected)
     for found, buffer in zip(norms[1].buffers(), norms[0].buffers(), strict=True):
         torch.testing.assert_close(found, buffer)

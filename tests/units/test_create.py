@@ -54,8 +54,8 @@ def test_options_go_where_they_are_taken() -> None:
 @pytest.mark.parametrize(
     'act_layer, message',
     [
-        ('relu', "rd_ratio=0.5 together with act_layer='relu', which has no bottleneck"),
-        (partial(ATAC, rd_ratio=0.25), 'which has its own already'),
+        ('relu', "rd_ratio=0.5 was given with act_layer='relu', which does not take rd_ratio"),
+        (partial(ATAC, rd_ratio=0.25), 'which already has a rd_ratio'),
     ],
 )
 def test_rd_ratio_is_never_dropped(act_layer, message) -> None:
@@ -64,7 +64,7 @@ def test_rd_ratio_is_never_dropped(act_layer, message) -> None:
 
 
 def test_unknown_name() -> None:
-    with pytest.raises(ValueError, match="act_layer='atak': no activation of that name"):
+    with pytest.raises(ValueError, match="act_layer='atak': timm has no activation of that name"):
         create_activation('atak', 24)
 
 

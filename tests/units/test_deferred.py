@@ -1,5 +1,6 @@
-"""Units that learn their width from where they are put."""
+"""Units that get their width from the layers next to them."""
 
+import pickle
 from functools import partial
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 import torch.nn as nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
-from timm_atac import ATAC, NiN, SEActivation
+from timm_atac import ATAC, ATACMe, LocalSE, NiN, SEActivation, XUnit
 
 
 def hooks() -> int:
@@ -19,7 +20,7 @@ def hooks() -> int:
 
 
 class _Gate(nn.Module):
-    """As in ECA: a convolution over the channels, of which it sees one."""
+    """As in ECA: a convolution along the channels, which has one channel itself."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -85,3 +86,48 @@ def test_another_width_is_an_error() -> None:
     model = timm.create_model('res2net50_14w_8s', act_layer='atac')
     with pytest.raises(ValueError, match=r"'relu' of .*Bottle2neck.*is for 256 channels.*replace_activations"):
         model(torch.randn(2, 3, 64, 64))
+
+
+def both_ways(unit: Any, options: dict[str, Any], **dd: Any) -> tuple[Any, Any]:
+    """The same unit created with its width, and created without it and then put behind a convolution."""
+    return unit(7, **options, **dd), nn.Sequential(nn.Conv2d(3, 7, 1, **dd), unit(**options))[1]
+
+
+PARTS = ['relu', 'prelu', None]
+
+
+@pytest.mark.parametrize('unit', [ATAC, ATACMe, SEActivation, LocalSE, NiN, XUnit])
+@pytest.mark.parametrize('act_layer', PARTS)
+@pytest.mark.parametrize('gate_layer', ['sigmoid', *PARTS])
+def test_order_of_parameters_is_that_of_a_unit_created_with_its_width(unit, act_layer, gate_layer) -> None:
+    """An optimizer's state is matched to parameters by position."""
+    options = {'act_layer': act_layer} | ({} if unit is NiN else {'gate_layer': gate_layer})
+    created, deferred = both_ways(unit, options, device='meta', dtype=torch.float16)
+    assert [name for name, _ in deferred.named_parameters()] == [name for name, _ in created.named_parameters()]
+    assert list(deferred.state_dict()) == list(created.state_dict())
+    assert [name for name, _ in deferred.named_modules()] == [name for name, _ in created.named_modules()]
+    parameters = list(deferred.parameters())
+    assert [p.shape for p in parameters] == [p.shape for p in created.parameters()]
+    assert {(p.device.type, p.dtype) for p in parameters} == {('meta', torch.float16)}
+
+
+@pytest.mark.parametrize('unit', [ATAC, XUnit])
+def test_optimizer_state_of_a_unit_with_a_parameter_in_its_gate(unit) -> None:
+    created, deferred = both_ways(unit, {'gate_layer': 'prelu'})
+    states: list[dict[str, Any]] = []
+    for each in (created, deferred):
+        optimizer = torch.optim.SGD(each.parameters(), lr=0.1, momentum=0.9)
+        if states:
+            optimizer.load_state_dict(states[0])
+        each(torch.randn(2, 7, 3, 3)).sum().backward()
+        optimizer.step()
+        assert all(optimizer.state[p]['momentum_buffer'].shape == p.shape for p in each.parameters())
+        states.append(optimizer.state_dict())
+
+
+@pytest.mark.parametrize('unit', [ATAC, XUnit])
+def test_pickle_of_a_unit_created_from_lambdas(unit) -> None:
+    layers = {'act_layer': lambda: nn.ReLU(), 'norm_layer': lambda channels, **dd: nn.BatchNorm2d(channels, **dd)}
+    for each in both_ways(unit, {**layers, 'gate_layer': lambda: nn.Sigmoid()}):
+        x = torch.randn(2, 7, 3, 3)
+        assert torch.equal(pickle.loads(pickle.dumps(each.eval()))(x), each(x))

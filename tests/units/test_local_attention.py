@@ -12,7 +12,7 @@ from timm_atac.units.local_attention import local_attention, tile_attention
 
 Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
-# (B, C, H, W), heads, window: maps smaller than a tile, as large, with a rest, much larger than the window
+# (B, C, H, W), heads, window: maps smaller than a tile, of its size, larger with a remainder, larger than the window
 CASES = [
     ((2, 8, 1, 1), 2, 7),
     ((1, 4, 3, 5), 1, 7),
@@ -31,7 +31,7 @@ def inputs(shape: tuple[int, ...], heads: int, window: int, dtype: torch.dtype =
 
 
 def attend(q: torch.Tensor, keys: list[torch.Tensor], values: list[torch.Tensor]) -> torch.Tensor:
-    """Of one query (B, heads, D): softmax(q k) v over the keys (B, heads, D)."""
+    """softmax(q k) v of one query (B, heads, D) over keys (B, heads, D)."""
     shares = torch.stack([(q * k).sum(2) for k in keys]).softmax(0)
     return torch.stack([share.unsqueeze(2) * v for share, v in zip(shares, values, strict=True)]).sum(0)
 
@@ -64,8 +64,8 @@ def test_definition(shape, heads, window, tile) -> None:
 
 
 @pytest.mark.filterwarnings('ignore:flex_attention called without torch.compile')
-def test_the_forms_it_is_measured_beside() -> None:
-    """benchmarks/local_attention.py: all compute the same."""
+def test_other_forms_of_the_benchmark() -> None:
+    """All forms in benchmarks/local_attention.py compute the same."""
     tensors = inputs((2, 32, 9, 11), benchmark.HEADS, benchmark.WINDOW, torch.float32)
     expected = local_attention(*tensors, num_heads=benchmark.HEADS)
     flex = benchmark.flex(9, 11, torch.device('cpu'), compiled=False)
@@ -94,7 +94,7 @@ def test_strides(layout) -> None:
 
 @pytest.mark.parametrize(('dtype', 'tolerance'), [(torch.float32, 1e-5), (torch.bfloat16, 0.05), (torch.float16, 0.01)])
 def test_dtypes(dtype, tolerance) -> None:
-    """A key outside has no share in any type."""
+    """A key outside the window has no weight in any dtype."""
     tensors = inputs((2, 8, 9, 15), 2, 7)
     expected = local_attention(*tensors, num_heads=2)
     found = local_attention(*cast(Inputs, [t.to(dtype) for t in tensors]), num_heads=2)
@@ -105,7 +105,7 @@ def test_dtypes(dtype, tolerance) -> None:
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize('size', [1e5, -1e5])
 def test_large_logits(dtype, size) -> None:
-    """Neither a key outside of the window nor the padding gets a share, however large its logits, or low the others."""
+    """Keys outside the window and padding get no weight, also if their logits are large or those of others low."""
     q, k = torch.full((1, 4, 9, 9), 10.0, dtype=dtype), torch.zeros(1, 4, 9, 9, dtype=dtype)
     k[..., :3] = size / 40
     v = torch.ones_like(k)
@@ -114,9 +114,9 @@ def test_large_logits(dtype, size) -> None:
     found = local_attention(q, k, v, embedding, embedding, num_heads=1)
     expected = torch.ones_like(v)
     if size > 0:
-        expected[..., :4] = 2  # of the columns that see one of the three
+        expected[..., :4] = 2  # columns whose window has one of the three
     else:
-        expected[..., :2] = 2  # of those that see nothing else
+        expected[..., :2] = 2  # columns whose window has no others
     torch.testing.assert_close(found, expected)
 
 

@@ -1,4 +1,4 @@
-"""What timm's users do with a model, done with models that have got ATAC by name or by replacement."""
+"""What timm's users do with a model, for models that got ATAC by name or by replacement."""
 
 import copy
 from typing import Any
@@ -64,7 +64,7 @@ def _train(rank: int, folder: str) -> None:
 
 @pytest.mark.slow
 def test_ddp(tmp_path) -> None:
-    """One pair of processes for all models, as they start slowly."""
+    """One pair of processes for all models, because processes start slowly."""
     torch.multiprocessing.spawn(_train, args=(str(tmp_path),), nprocs=2)
     for i, create in enumerate(MODELS.values()):
         states = (torch.load(tmp_path / f'{i}-{rank}.pt', weights_only=True) for rank in (0, 1))
@@ -78,7 +78,7 @@ def test_ddp(tmp_path) -> None:
             torch.testing.assert_close(end0[key], end1[key], rtol=0, atol=0)
         inside = [key for key in parameters if key.startswith(tuple(f'{unit}.' for unit in units))]
         moved = [key for key in inside if not torch.equal(start0[key], end0[key])]
-        assert len(moved) > 0.9 * len(inside)  # a block that begins as the identity gives some nothing in two steps
+        assert len(moved) > 0.9 * len(inside)  # in a block that starts as the identity, some do not change in two steps
 
 
 def test_ema(model) -> None:
@@ -97,7 +97,7 @@ def test_ema(model) -> None:
 
 
 def test_compile_without_graph_break(model) -> None:
-    model, x = model.double(), images().double()  # compiled, a unit runs by its parts: other last bits
+    model, x = model.double(), images().double()  # compiled, a unit runs op by op, with other rounding
     expected = gradients(copy.deepcopy(model), x)
     compiled: Any = torch.compile(model, fullgraph=True, backend='aot_eager')
     for name, gradient in gradients(compiled, x).items():

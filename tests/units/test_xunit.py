@@ -16,7 +16,7 @@ SHAPE = (3, 14, 7, 5)  # odd and prime, so that a transposed axis cannot fit by 
 
 
 def make(channels: int = 14, **kwargs: Any) -> Any:
-    """A unit whose norm has something to do."""
+    """A unit whose norm is not the identity."""
     unit: Any = XUnit(channels, **kwargs).double()
     nn.init.uniform_(unit.bn.weight, 0.5, 1.5)
     nn.init.normal_(unit.bn.bias)
@@ -71,7 +71,7 @@ def test_gradients() -> None:
 
 @pytest.mark.parametrize('blocks, added', [(1, 240), (2, 464), (3, 688), (4, 912), (5, 1136)])
 def test_parameters_are_those_of_the_figure(blocks, added) -> None:
-    """Read off the figure on activation units in the authors' README, to about 300; with 100 outputs."""
+    """The figure on activation units in the authors' README, read to about 300 parameters, for 100 outputs."""
     read_off = {1: 86_647, 2: 186_482, 3: 286_317, 4: 386_358, 5: 486_193}
     plain, model = (
         timm.create_model(f'resnet{6 * blocks + 2}_cifar', num_classes=100, act_layer=act) for act in ('relu', 'xunit')
@@ -92,7 +92,7 @@ def test_by_name_in_a_model_of_timm() -> None:
 
 
 def test_in_place_of_activations_and_fused() -> None:
-    """`fuse` puts each unit's norm into its convolution."""
+    """`fuse` folds each unit's norm into its convolution."""
     model: Any = timm.create_model('resnetv2_50', num_classes=5)
     timm_atac.replace_activations(model, 'xunit', where=[4])
     units: list[Any] = [m for m in model.modules() if isinstance(m, XUnit)]

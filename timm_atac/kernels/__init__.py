@@ -1,3 +1,3 @@
-"""Operations that PyTorch has in no single public call, each beside its formula in plain PyTorch."""
+"""Operations for which PyTorch has no single public function. Each file also has the formula in plain PyTorch."""
 
 import timm.models  # noqa: F401  registers us with timm, see _autoload.py

@@ -1,4 +1,4 @@
-"""`x * sigmoid(W2 relu(W1 x + b1) + b2)` in one kernel, where x is read once and the result written once."""
+"""`x * sigmoid(W2 relu(W1 x + b1) + b2)` in one kernel, which reads x once and writes the result once."""
 
 from typing import Any, NamedTuple
 
@@ -6,31 +6,30 @@ import torch
 import torch.nn.functional as F
 
 from ..utils.autocast import without_autocast
-from .op import operation, run_kernel, wrap_triton
-from .pointwise import pointwise_backward
+from .op import next_power_of_2, operation, run_kernel, wrap_triton
 from .switch import DTYPES, IS_INTERPRETED, can_run, layout
 
 try:
     from .triton_atac import atac_kernel
-except ImportError:  # no Triton: the formula remains
+except ImportError:  # without Triton, the operation computes the formula
     atac_kernel = None
 
 __all__ = ['Tile', 'atac', 'formula', 'launch', 'tile_for']
 
 
 class Tile(NamedTuple):
-    """What one program works on at a time, and how it is compiled."""
+    """Sizes that one program of the kernel processes at a time, and its compiler options."""
 
     positions: int
-    inputs: int  # channels of x in a step of the first product
-    hidden: int  # less than there are: they are computed again for each tile of output channels
-    outputs: int  # channels of y in a step of the second product
+    inputs: int  # channels of x in one step of the first product
+    hidden: int  # hidden channels; if there are more, they are computed again for each tile of output channels
+    outputs: int  # channels of y in one step of the second product
     warps: int
     stages: int = 2
 
 
-# by hidden channels up to a number, the last for more; with hardly a spilled register, and within the shared memory of
-# every GPU of capability 8.0 or newer, by `benchmarks/kernel_resources.py`; which is the fastest was not measured yet
+# Each key is the largest number of hidden channels for its tile, 0 is for more. `benchmarks/kernel_resources.py` shows
+# few spilled registers, and enough shared memory on every GPU of capability 8.0 or newer. No speed is measured yet.
 _HALF = {
     32: Tile(128, 64, 32, 64, 4),
     64: Tile(128, 64, 64, 128, 8, 3),
@@ -59,7 +58,7 @@ _FLOAT32 = {
 
 
 def tile_for(x: torch.Tensor, weight1: torch.Tensor) -> Tile:
-    """The tile for an input (B, C, H, W) and a weight (K, C), which may be on the meta device."""
+    """Return the tile for an input (B, C, H, W) and a weight (K, C), which may be on the meta device."""
     hidden, channels = weight1.shape
     if weight1.dtype == torch.float32:
         tiles = _FLOAT32
@@ -69,9 +68,9 @@ def tile_for(x: torch.Tensor, weight1: torch.Tensor) -> Tile:
         tiles = _HALF if x.dtype == weight1.dtype else _HALF_OF_FLOAT32
     tile = next((tile for most, tile in tiles.items() if hidden <= most), tiles[0])
     return tile._replace(
-        inputs=max(min(tile.inputs, _power_of_2(channels)), 16),  # a side of a product has 16 at least
-        hidden=max(min(tile.hidden, _power_of_2(hidden)), 16),
-        outputs=max(min(tile.outputs, _power_of_2(channels)), 16),
+        inputs=max(min(tile.inputs, next_power_of_2(channels)), 16),  # Triton's products need sizes of at least 16
+        hidden=max(min(tile.hidden, next_power_of_2(hidden)), 16),
+        outputs=max(min(tile.outputs, next_power_of_2(channels)), 16),
     )
 
 
@@ -82,14 +81,14 @@ def _fake(
     found = [tuple(t.shape) for t in (x, weight1, bias1, weight2, bias2)]
     if x.ndim != 4 or found[1:] != [(hidden, x.shape[1]), (hidden,), (x.shape[1], hidden), (x.shape[1],)]:
         raise ValueError(
-            f'atac: got shapes {found}, expected an input (B, C, H, W), weights (K, C) and (C, K), and their biases '
-            f'(K,) and (C,), in the order x, weight1, bias1, weight2, bias2.'
+            f'atac: got shapes {found} for x, weight1, bias1, weight2, bias2. Expected an input (B, C, H, W), weights '
+            f'(K, C) and (C, K), and biases (K,) and (C,).'
         )
     types = {t.dtype for t in (weight1, bias1, weight2, bias2)}
     if len(types) != 1 or x.dtype not in (torch.float32, weight1.dtype) or not types <= {*DTYPES, torch.float64}:
         raise ValueError(
-            f'atac: got an input of {x.dtype} and parameters of {types}, expected parameters of one floating-point '
-            f'type and an input of the same, or of float32.'
+            f'atac: got an input of {x.dtype} and parameters of {types}. Expected parameters of one floating-point '
+            f'type, and an input of the same type or of float32.'
         )
     return torch.empty_like(x)
 
@@ -103,7 +102,7 @@ def launch(
     *,
     tile: Tile,
 ) -> torch.Tensor:
-    """Run the kernel with a tile of one's own; the arguments, as of `atac`, are not checked."""
+    """Run the kernel with a given tile. The other arguments are those of `atac` and are not checked."""
     y = torch.empty_like(x)
     channels, hidden = x.shape[1], weight1.shape[0]
     area = x.shape[2] * x.shape[3]
@@ -134,7 +133,7 @@ def launch(
 
 
 def _precision() -> str:
-    """How float32 is multiplied: as in the convolutions that the products are, by default in TF32."""
+    """Return how the kernel multiplies float32: as PyTorch's convolutions do, by default in TF32."""
     cudnn: Any = torch.backends.cudnn
     try:
         return 'tf32' if cudnn.conv.fp32_precision == 'tf32' else 'ieee'
@@ -146,24 +145,25 @@ def _precision() -> str:
 def atac(
     x: torch.Tensor, weight1: torch.Tensor, bias1: torch.Tensor, weight2: torch.Tensor, bias2: torch.Tensor
 ) -> torch.Tensor:
-    """A folded ATAC unit: `x * sigmoid(weight2 @ relu(weight1 @ x + bias1) + bias2)` at each position.
+    """An ATAC unit with folded norms: `x * sigmoid(weight2 @ relu(weight1 @ x + bias1) + bias2)` at each position.
 
-    On a GPU one kernel, which computes products of the parameters' type and everything else in float32, and rounds
-    once; elsewhere, in float64, and for an input with gaps, the formula in this module. Any C, K and number of
-    positions; float32 is multiplied as in convolutions (`torch.backends.cudnn.conv.fp32_precision`, TF32 by default).
+    On a GPU this is one kernel for any C, K and number of positions. It multiplies in the type of the parameters,
+    computes everything else in float32, and rounds once. It multiplies float32 as convolutions do
+    (`torch.backends.cudnn.conv.fp32_precision`, by default in TF32). On other devices, in float64, and for an input
+    that is not dense in memory, the operation computes `formula`.
 
     Args:
-        x: (B, C, H, W), of the parameters' type or float32; channels_last or contiguous, if the kernel is to run.
+        x: (B, C, H, W), of the type of the parameters or float32. The kernel needs channels_last or contiguous.
         weight1: (K, C).
         bias1: (K,).
         weight2: (C, K).
         bias2: (C,).
 
     Returns:
-        A tensor like x, which no other one shares memory with.
+        A new tensor of the shape, type and strides of x.
 
     Raises:
-        ValueError: Other shapes or types.
+        ValueError: The shapes or types are not those above.
     """
     _fake(x, weight1, bias1, weight2, bias2)
     if atac_kernel is None or not can_run(x.device) or weight1.dtype not in DTYPES or layout(x) is None:
@@ -174,41 +174,26 @@ def atac(
 def formula(
     x: torch.Tensor, weight1: torch.Tensor, bias1: torch.Tensor, weight2: torch.Tensor, bias2: torch.Tensor
 ) -> torch.Tensor:
-    """What `atac` computes, in plain PyTorch: the reference, and a way for devices without Triton."""
+    """Compute `atac` in plain PyTorch: the reference, also used on devices without Triton."""
     with without_autocast(x.device):
         hidden = F.conv2d(x.to(weight1.dtype), weight1[:, :, None, None], bias1).relu()
         return x * F.conv2d(hidden, weight2[:, :, None, None], bias2).sigmoid()
 
 
-def _power_of_2(n: int) -> int:
-    return 1 << (n - 1).bit_length()
-
-
-def _keep(ctx: Any, inputs: tuple, output: torch.Tensor) -> None:
-    ctx.save_for_backward(*inputs)
-
-
 def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    """By the formula, whose values are computed again."""
-    x, weight1, bias1, weight2, bias2 = ctx.saved_tensors
-    needs_x, *needs_first, needs_weight2, needs_bias2 = ctx.needs_input_grad
-    needs_hidden = needs_x or any(needs_first)
-    w1, w2 = weight1[:, :, None, None], weight2[:, :, None, None]
-    with without_autocast(x.device):
-        narrow = x.to(weight1.dtype)
-        hidden = F.conv2d(narrow, w1, bias1).relu()
-        gate = F.conv2d(hidden, w2, bias2).sigmoid()
-        grad_z = (grad * x * gate * (1 - gate)).to(weight1.dtype)
-        needed = (needs_hidden, needs_weight2, needs_bias2)
-        grad_hidden, grad_weight2, grad_bias2 = pointwise_backward(grad_z, hidden, w2, needed)
-        through: Any = None
-        grad_weight1 = grad_bias1 = None
-        if needs_hidden:
-            grad_hidden = torch.ops.aten.threshold_backward.default(grad_hidden, hidden, 0)
-            through, grad_weight1, grad_bias1 = pointwise_backward(grad_hidden, narrow, w1, (needs_x, *needs_first))
-        grad_x = (grad * gate + through).to(x.dtype) if needs_x else None
-    weights = [None if g is None else g[..., 0, 0] for g in (grad_weight1, grad_weight2)]
-    return grad_x, weights[0], grad_bias1, weights[1], grad_bias2
+    """Differentiate the formula. It is computed again, so only the arguments are stored."""
+    arguments = list(ctx.saved_tensors)
+    needed = [i for i, is_needed in enumerate(ctx.needs_input_grad) if is_needed]
+
+    def of_needed(*values: torch.Tensor) -> torch.Tensor:
+        for i, value in zip(needed, values, strict=True):
+            arguments[i] = value
+        return formula(*arguments)
+
+    with without_autocast(grad.device):
+        vjp: Any = torch.func.vjp(of_needed, *(arguments[i] for i in needed))[1]
+        grads = dict(zip(needed, vjp(grad), strict=True))
+    return tuple(grads.get(i) for i in range(len(arguments)))
 
 
-atac.register_autograd(_backward, setup_context=_keep)
+atac.register_autograd(_backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))

@@ -1,7 +1,7 @@
-"""`x * sigmoid(norm(z))` in training, and its gradients: each map is read once a pass.
+"""`x * sigmoid(norm(z))` in training, and its gradients. Each pass reads each map once.
 
-In maps of T bytes, where PyTorch's own operations move 6 T forwards (statistics included) and 18 T backwards, these
-move 4 T and 8 T.
+For maps of T bytes, PyTorch's own operations move 6 T in the forward pass (with the statistics) and 18 T in the
+backward pass. These operations move 4 T and 8 T.
 """
 
 from collections.abc import Sequence
@@ -9,25 +9,25 @@ from typing import Any
 
 import torch
 
-from .op import operation, run_kernel, wrap_triton
+from .op import next_power_of_2, operation, run_kernel, wrap_triton
 from .switch import DTYPES, can_run, layout
 
 try:
     from .triton_norm_gate import backward_kernel, forward_kernel, sums_kernel
-except ImportError:  # no Triton: the formulas remain
+except ImportError:  # without Triton, the operations compute the formulas
     forward_kernel = sums_kernel = backward_kernel = None
 
 __all__ = ['norm_gate', 'norm_gate_backward', 'norm_gate_sums', 'suits']
 
-_PROGRAMS = 512  # along positions, for sums: a few on each processor of a large GPU
-_TILE = 2048  # values: of two bytes, 16 bytes of each map for a thread
+_PROGRAMS = 512  # programs along the positions for sums: a few per processor of a large GPU
+_TILE = 2048  # values of a tile: with two bytes each, 16 bytes of each map per thread
 
 
 def suits(*maps: torch.Tensor) -> bool:
-    """Whether maps can go into one of the operations together, and a kernel then runs."""
+    """True if one of the operations accepts these maps together, and a kernel can run for them."""
     first = maps[0]
     return (
-        not any(torch._C._functorch.is_legacy_batchedtensor(t) for t in maps)  # of a vectorised Jacobian
+        not any(torch._C._functorch.is_legacy_batchedtensor(t) for t in maps)  # a vectorised Jacobian uses them
         and _runs(*maps)
         and layout(first) is not None
         and all(t.shape == first.shape and layout(t) == layout(first) for t in maps)
@@ -52,17 +52,17 @@ def norm_gate(
     weight: torch.Tensor,
     bias: torch.Tensor,
 ) -> torch.Tensor:
-    """`x * sigmoid((z - mean) * invstd * weight + bias)`, computed in float32 where the kernel runs.
+    """Compute `x * sigmoid((z - mean) * invstd * weight + bias)`. The kernel computes in float32.
 
     Args:
         x, z: (B, C, H, W), both channels_last or both contiguous.
         mean, invstd, weight, bias: (C,).
 
     Returns:
-        A tensor like x, of the wider type of both.
+        A tensor of the shape and strides of x, of the wider type of x and z.
 
     Raises:
-        ValueError: Other shapes or strides.
+        ValueError: The shapes or strides are not those above.
     """
     y = _fake(x, z, mean, invstd, weight, bias)
     if not _runs(x, z):
@@ -87,14 +87,14 @@ def norm_gate_sums(
     weight: torch.Tensor,
     bias: torch.Tensor,
 ) -> torch.Tensor:
-    """Gradients of the bias and the weight of the norm in `norm_gate`, one after the other: (2, C), float32.
+    """Return the gradients of bias and weight in `norm_gate`, in this order: (2, C), float32.
 
     Args:
-        grad: (B, C, H, W), the gradient of the result of `norm_gate`; strides as of x and z.
-        x, z, mean, invstd, weight, bias: As of `norm_gate`.
+        grad: (B, C, H, W), the gradient of the result of `norm_gate`, with the strides of x and z.
+        x, z, mean, invstd, weight, bias: As in `norm_gate`.
 
     Raises:
-        ValueError: Other shapes or strides.
+        ValueError: The shapes or strides are not those above.
     """
     _check([grad, x, z], [mean, invstd, weight, bias])
     if not _runs(grad, x, z):
@@ -129,15 +129,15 @@ def norm_gate_backward(
     bias: torch.Tensor,
     means: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients of x and z in `norm_gate`.
+    """Return the gradients of x and z in `norm_gate`.
 
     Args:
-        grad, x, z, mean, invstd, weight, bias: As of `norm_gate_sums`.
-        means: (2, C), float32, what that returns over the number of values a channel; zeros where mean and invstd do
-            not depend on z.
+        grad, x, z, mean, invstd, weight, bias: As in `norm_gate_sums`.
+        means: (2, C), float32: the result of `norm_gate_sums` divided by the number of values per channel. Zeros if
+            mean and invstd do not depend on z.
 
     Raises:
-        ValueError: Other shapes or strides.
+        ValueError: The shapes or strides are not those above.
     """
     grad_x, grad_z = _fake_backward(grad, x, z, mean, invstd, weight, bias, means)
     if not _runs(grad, x, z):
@@ -155,13 +155,13 @@ def _check(maps: Sequence[torch.Tensor], rows: Sequence[torch.Tensor]) -> None:
     known = first.ndim == 4 and all(t.shape == first.shape for t in maps)
     if not known or any(row.shape != (first.shape[1],) for row in rows):
         raise ValueError(
-            f'norm_gate: got maps of shapes {[tuple(t.shape) for t in maps]} and values a channel of shapes '
-            f'{[tuple(row.shape) for row in rows]}, expected (B, C, H, W) and (C,).'
+            f'norm_gate: got maps of shapes {[tuple(t.shape) for t in maps]} and values per channel of shapes '
+            f'{[tuple(row.shape) for row in rows]}. Expected (B, C, H, W) and (C,).'
         )
     if layout(first) is None or any(layout(t) != layout(first) for t in maps):
         raise ValueError(
-            f'norm_gate: the maps have strides {[t.stride() for t in maps]}, expected all of them channels_last, or '
-            f'all contiguous.'
+            f'norm_gate: got maps of strides {[t.stride() for t in maps]}. Expected all channels_last, or all '
+            f'contiguous.'
         )
 
 
@@ -177,13 +177,13 @@ def _row(values: torch.Tensor) -> torch.Tensor:
 
 
 def _tile(x: torch.Tensor) -> tuple[int, int]:
-    """Positions and channels: long where they lie densely."""
-    most = 128 if layout(x) == torch.channels_last else 16
-    channels = min(most, 1 << (x.shape[1] - 1).bit_length())
+    """Return the positions and channels of a tile. The one that is dense in memory is the longer one."""
+    channels = min(128 if layout(x) == torch.channels_last else 16, next_power_of_2(x.shape[1]))
     return _TILE // channels, channels
 
 
 def _launch(wrapped: Any, maps: list[torch.Tensor], rows: list[torch.Tensor], share: int | None = None) -> None:
+    """Run a kernel, in which each program processes one tile of positions, or `share` positions for sums."""
     x = maps[0]
     positions_tile, channels_tile = _tile(x)
     area = x.shape[2] * x.shape[3]

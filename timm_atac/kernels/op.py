@@ -1,4 +1,4 @@
-"""Operations of PyTorch made of Triton kernels: seen by torch.compile, kept whole by torch.export."""
+"""Registration of Triton kernels as operations of PyTorch. torch.compile traces into them, torch.export does not."""
 
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -8,24 +8,29 @@ import torch
 
 from .switch import IS_INTERPRETED
 
-__all__ = ['operation', 'run_kernel', 'wrap_triton']
+__all__ = ['next_power_of_2', 'operation', 'run_kernel', 'wrap_triton']
+
+
+def next_power_of_2(n: int) -> int:
+    """Return the smallest power of 2 that is not less than n."""
+    return 1 << (n - 1).bit_length()
 
 
 def operation(name: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
     """Register a function as `torch.ops.timm_atac.NAME`.
 
     Args:
-        name: Of the operation.
-        fake: The same without values: checks its arguments, and returns empty tensors of the right shape and strides.
+        name: Name of the operation.
+        fake: Function of the same arguments, which checks them and returns empty tensors like the result.
 
     Returns:
-        A decorator.
+        A decorator, which returns the operation.
     """
 
     def decorate(function: Callable[..., Any]) -> Any:
-        # what is interpreted needs values, which a compiler has not; and before PyTorch 2.6 no kernel runs at all
-        looked_into = None if IS_INTERPRETED else getattr(torch.library, 'triton_op', None)
-        define = looked_into or torch.library.custom_op
+        # the interpreter needs values, which a compiler does not have; before PyTorch 2.6 there is no triton_op
+        opaque = torch.library.custom_op
+        define = opaque if IS_INTERPRETED else getattr(torch.library, 'triton_op', opaque)
         defined = define(f'timm_atac::{name}', mutates_args=())(function)
         defined.register_fake(fake)
         return defined
@@ -34,12 +39,12 @@ def operation(name: str, fake: Callable[..., Any]) -> Callable[[Callable[..., An
 
 
 def wrap_triton(kernel: Any) -> Any:
-    """A kernel as a compiler sees it; by this name PyTorch finds in an operation's source what its caches depend on."""
+    """Wrap a kernel for torch.compile, which looks for this function's name in the source of an operation."""
     return kernel if IS_INTERPRETED else torch.library.wrap_triton(kernel)
 
 
 def run_kernel(wrapped: Any, grid: tuple[int, ...], x: torch.Tensor, *args: Any, **constants: Any) -> None:
-    """Run a kernel inside of an operation, on the device of its first argument, which need not be the current one."""
-    is_value = type(x) in (torch.Tensor, torch.nn.Parameter)  # and not what a compiler traces with
-    with torch.cuda.device(x.device) if is_value and x.device.type == 'cuda' else nullcontext():
+    """Run a kernel inside an operation, on the device of its first argument, which may not be the current device."""
+    is_plain = type(x) in (torch.Tensor, torch.nn.Parameter)  # not a fake tensor of a compiler
+    with torch.cuda.device(x.device) if is_plain and x.device.type == 'cuda' else nullcontext():
         wrapped[grid](x, *args, **constants)

@@ -1,7 +1,7 @@
-"""Whether the Triton kernels run: where they can, and where someone asked or they were measured to win.
+"""The switch for the Triton kernels. They run if they can, and if they are enabled or were measured to be faster.
 
-They are not measured on any GPU yet, so they run only where asked: `use_kernels(True)`, `TIMM_ATAC_KERNELS=1`, or for
-one model `fuse(model, kernel=True)`. Nothing here imports Triton.
+They were not measured on any GPU yet, so they run only if enabled: by `use_kernels(True)`, by `TIMM_ATAC_KERNELS=1`, or
+for one model by `fuse(model, kernel=True)`. Importing this module does not import Triton.
 """
 
 import os
@@ -25,62 +25,66 @@ __all__ = [
 
 VARIABLE = 'TIMM_ATAC_KERNELS'
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-MOST_HIDDEN = 512  # above, the kernel computes hidden values again and again: two products do less
-# constants, for torch.compile looks into what is called; the Triton of PyTorch 2.6 fails at some of the kernels
+MOST_HIDDEN = 512  # above, the kernel computes hidden values several times, and two products are less work
+# constants, because torch.compile would trace into these calls; the Triton of PyTorch 2.6 fails for some of the kernels
 IS_INSTALLED = find_spec('triton') is not None and torch.__version__ >= '2.7'
 IS_INTERPRETED = os.environ.get('TRITON_INTERPRET', '').lower() in ('1', 'true', 'on', 'yes', 'y')  # as Triton reads it
 
-# (operation, compute capability of the GPU) -> numbers of channels at which `benchmarks/kernels.py` found the kernel
-# faster than everything else in at least half precision; without an entry it runs only where it is asked for
+# (operation, compute capability of the GPU) -> numbers of channels for which `benchmarks/kernels.py` measured that the
+# kernel is faster than all other forms, at least in half precision; other kernels run only if enabled
 MEASURED_TO_WIN: dict[tuple[str, tuple[int, int]], frozenset[int]] = {}
+
+_WORDS = {'1': True, 'true': True, 'yes': True, 'on': True, '0': False, 'false': False, 'no': False, 'off': False}
 
 
 def _from_environment() -> bool | str | None:
+    """Return the choice in the environment, None for no choice. An unknown word is returned as it is."""
     value = os.environ.get(VARIABLE, '').lower()
-    if value in ('1', 'true', 'yes', 'on'):
-        return True
-    if value in ('0', 'false', 'no', 'off'):
-        return False
-    return value or None
+    return _WORDS.get(value, value or None)
 
 
-_asked = _from_environment()  # an unknown word is an error when it is needed: an import has other things to do
+_choice = _from_environment()  # an import must not fail, so is_wanted() raises the error for an unknown word
 
 
 def use_kernels(enable: bool | None) -> None:
-    """Switch the Triton kernels on or off, in this process, from now on.
+    """Switch the Triton kernels on or off in this process.
 
-    It counts for units in training (`ATACMe`) and for models of `fuse` that were not told otherwise. Also by the
-    environment, for programs that do not know us: `TIMM_ATAC_KERNELS=1` or `0`.
+    The switch applies to units in training (`ATACMe`), and to models of `fuse` that were created with `kernel=None`. In
+    other programs, set the environment variable `TIMM_ATAC_KERNELS` to `1` or `0`.
 
     Args:
-        enable: True, wherever they can run: tensors on a GPU of compute capability 8.0 or newer, float16, bfloat16 or
-            float32. False, nowhere. None, where they were measured to win, which is nowhere so far.
+        enable: True: the kernels run wherever they can, for tensors on a GPU of compute capability 8.0 or newer in
+            float16, bfloat16 or float32. False: they never run. None: they run where they were measured to be faster,
+            which is nowhere so far.
 
     Raises:
-        ValueError: None of the three.
-        ImportError: True, and Triton is not installed, does not load, or PyTorch is older than 2.7.
+        ValueError: `enable` is not True, False or None.
+        ImportError: `enable` is True, and Triton is not installed, does not load, or PyTorch is older than 2.7.
     """
-    global _asked
+    global _choice
     check_choice('use_kernels', enable)
-    _asked = enable
+    _choice = enable
 
 
 def check_choice(name: str, enable: bool | None) -> None:
-    """Check what somebody chose, before it counts.
+    """Check an argument that enables the kernels.
+
+    Args:
+        name: Start of the message.
+        enable: Value of the argument.
 
     Raises:
-        ValueError: It is none of True, False, None.
-        ImportError: True, and Triton is not installed, does not load, or PyTorch is older than 2.7.
+        ValueError: `enable` is not True, False or None.
+        ImportError: `enable` is True, and Triton is not installed, does not load, or PyTorch is older than 2.7.
     """
     if enable is not None and not isinstance(enable, bool):
         raise ValueError(
             f'{name}: got {enable!r}, expected True (the kernels run wherever they can), False (nowhere) or None '
-            f'(where they were measured to win).'
+            f'(where they were measured to be faster).'
         )
     if not enable:
         return
-    hint = 'It comes with PyTorch for CUDA on Linux; elsewhere leave the kernels off.'
+    hint = 'Triton comes with PyTorch for CUDA on Linux. On other systems, do not enable the kernels.'
     if not IS_INSTALLED:
         found = 'without' if find_spec('triton') is None else 'with'
         raise ImportError(
@@ -93,32 +97,38 @@ def check_choice(name: str, enable: bool | None) -> None:
 
 
 def is_wanted(operation: str, device: torch.device, channels: int | None, own: bool | None = None) -> bool:
-    """Whether a kernel is to run, if it can: cheap, for it is asked in every forward pass.
+    """True if a kernel is enabled or measured to be faster. `can_run` is a separate question.
+
+    Every forward pass calls this function, so it must be fast.
 
     Args:
         operation: Name of the operation, as in `MEASURED_TO_WIN`.
-        device: Of the tensors.
-        channels: C.
-        own: What was asked of this one model, None for nothing.
+        device: Device of the tensors.
+        channels: Channels C of the input.
+        own: Choice for one model, which overrides that of the process. None for no choice.
+
+    Raises:
+        ValueError: The environment variable has an unknown value.
     """
-    asked = _asked if own is None else own
-    if isinstance(asked, str):
+    choice = _choice if own is None else own
+    if isinstance(choice, str):
         raise ValueError(
-            f'{VARIABLE}={asked!r}: expected 1 (the kernels run wherever they can), 0 (nowhere), or nothing (where '
-            f'they were measured to win).'
+            f'{VARIABLE}={choice!r}: expected 1 (the kernels run wherever they can), 0 (nowhere), or nothing (where '
+            f'they were measured to be faster).'
         )
-    if asked is not None or not MEASURED_TO_WIN:
-        return bool(asked)
-    if not isinstance(device, torch.device) or device.type != 'cuda':  # a tracer has a stand-in for a device
+    if choice is not None or not MEASURED_TO_WIN:
+        return bool(choice)
+    if not isinstance(device, torch.device) or device.type != 'cuda':  # torch.fx passes a proxy
         return False
     return channels in MEASURED_TO_WIN.get((operation, torch.cuda.get_device_capability(device)), ())
 
 
 def can_run(device: torch.device) -> bool:
-    """Whether the kernels run on a device.
+    """True if the kernels can run on a device.
 
-    That is NVIDIA's GPUs of compute capability 8.0 or newer (on older ones Triton has no product that pays, and for
-    AMD's there are no tiles), and the CPU where Triton interprets (TRITON_INTERPRET=1, for tests).
+    They can run on NVIDIA's GPUs of compute capability 8.0 or newer. (On older ones Triton's products bring no gain,
+    and for AMD's GPUs there are no tiles.) For tests they can also run on the CPU, by Triton's interpreter
+    (TRITON_INTERPRET=1).
     """
     if not IS_INSTALLED:
         return False
@@ -128,7 +138,7 @@ def can_run(device: torch.device) -> bool:
 
 
 def layout(x: torch.Tensor) -> torch.memory_format | None:
-    """How (B, C, H, W) lies in memory if it lies densely, None if it does not."""
+    """Return the memory format of x, (B, C, H, W), None if x is neither channels_last nor contiguous."""
     for memory_format in (torch.channels_last, torch.contiguous_format):
         if x.is_contiguous(memory_format=memory_format):
             return memory_format

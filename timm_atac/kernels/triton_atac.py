@@ -1,9 +1,9 @@
-"""The whole unit of inference in one kernel: both products back to back, their intermediate map never in memory."""
+"""The kernel for inference: the whole unit, with both products. The map between them is never written to memory."""
 
 import triton
 import triton.language as tl
 
-from .triton_tiles import load_tile, start_of, store_tile
+from .triton_tiles import load_tile, store_tile, tile_at
 
 __all__ = ['atac_kernel']
 
@@ -22,20 +22,19 @@ def atac_kernel(
     HIDDEN: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,  # of the factors, where Triton interprets: its products of bfloat16 are wrong
+    UPCAST: tl.constexpr,  # multiply in float32, because products of bfloat16 are wrong in Triton's interpreter
     POSITIONS_TILE: tl.constexpr,
     IN_TILE: tl.constexpr,
     HIDDEN_TILE: tl.constexpr,
     OUT_TILE: tl.constexpr,
 ):
-    """Write `x * sigmoid(W2 relu(W1 x + b1) + b2)` for a tile of positions and all of its channels.
+    """Compute `x * sigmoid(W2 relu(W1 x + b1) + b2)` for a tile of positions and all channels.
 
-    The hidden values of the tile stay in registers or shared memory; where they do not fit (HIDDEN > HIDDEN_TILE), they
-    are computed again for every tile of output channels. The input is read again for the gate, from the cache.
+    The hidden values of the tile stay in registers or shared memory. If there are too many (HIDDEN > HIDDEN_TILE), they
+    are computed again for each tile of output channels. The input is loaded a second time for the gate, from the cache.
     """
-    position = tl.program_id(0).to(tl.int64) * POSITIONS_TILE + tl.arange(0, POSITIONS_TILE)
-    inside = position < positions
-    start = start_of(position, area, CHANNELS, CHANNELS_LAST)
+    first_position = tl.program_id(0).to(tl.int64) * POSITIONS_TILE
+    start, inside = tile_at(first_position, positions, area, CHANNELS, CHANNELS_LAST, POSITIONS_TILE)
     if HIDDEN_TILE >= HIDDEN:
         hidden = _hidden(
             x_ptr, start, inside, weight1_ptr, bias1_ptr, 0, area, CHANNELS, HIDDEN, CHANNELS_LAST, PRECISION,
@@ -43,7 +42,7 @@ def atac_kernel(
         )  # fmt: skip
     for first_out in tl.range(0, CHANNELS, OUT_TILE):
         out = first_out + tl.arange(0, OUT_TILE)
-        x = load_tile(x_ptr, start, inside, out, area, CHANNELS, CHANNELS_LAST)  # on its way during the product
+        x = load_tile(x_ptr, start, inside, out, area, CHANNELS, CHANNELS_LAST)  # it loads during the product
         z = tl.zeros([POSITIONS_TILE, OUT_TILE], tl.float32)
         if HIDDEN_TILE >= HIDDEN:
             w = _weight2(weight2_ptr, 0, out, CHANNELS, HIDDEN, HIDDEN_TILE)
@@ -79,7 +78,10 @@ def _hidden(
     IN_TILE: tl.constexpr,
     HIDDEN_TILE: tl.constexpr,
 ):
-    """relu(W1 x + b1) of a tile, hidden channels `first` and on; zero beyond the last, also where x is not finite."""
+    """Return relu(W1 x + b1) of a tile, for HIDDEN_TILE hidden channels from `first` on.
+
+    It is zero for channels after the last one, also if x is not finite.
+    """
     k = first + tl.arange(0, HIDDEN_TILE)
     h = tl.zeros([POSITIONS_TILE, HIDDEN_TILE], tl.float32)
     for first_in in tl.range(0, CHANNELS, IN_TILE):

@@ -1,27 +1,41 @@
-"""Tiles of a (B, C, H, W) map, some positions by some channels, whichever of both lies densely in memory.
+"""Tiles of a (B, C, H, W) map: some positions by some channels, for channels_last and contiguous maps.
 
-A position is one of all B * H * W, counted as channels_last stores them, so that a tile may reach over the end of an
-image. Of a map in the default order, a tile is read and written as (channels, positions), whose last axis is dense.
+Positions are numbered from 0 to B * H * W - 1, in the order of channels_last. So a tile may contain positions of two
+images. In a contiguous map, a tile is loaded and stored as (channels, positions), so that its last axis is dense.
 """
 
 import triton
 import triton.language as tl
 
-__all__ = ['load_tile', 'start_of', 'store_tile', 'value_at']
+__all__ = ['load_tile', 'start_of', 'store_tile', 'tile_at', 'value_at']
+
+
+@triton.jit
+def tile_at(first, positions, area, CHANNELS: tl.constexpr, CHANNELS_LAST: tl.constexpr, POSITIONS_TILE: tl.constexpr):
+    """Return `start` and `inside` of a tile for `load_tile`, both (POSITIONS_TILE,).
+
+    Args:
+        first: First position of the tile, int64.
+        positions: B * H * W.
+        area: H * W.
+    """
+    position = first + tl.arange(0, POSITIONS_TILE)
+    inside = position < positions
+    return start_of(position, area, CHANNELS, CHANNELS_LAST), inside
 
 
 @triton.jit
 def start_of(position, area, CHANNELS: tl.constexpr, CHANNELS_LAST: tl.constexpr):
-    """Where the first channel of positions is: 64-bit offsets, one for each; `area` is H * W."""
+    """Return the 64-bit offset of the first channel of each position. `area` is H * W."""
     if CHANNELS_LAST:
         return position * CHANNELS
-    else:  # Triton compiles both if there is none
+    else:  # without the else, Triton compiles both branches
         return position // area * area * CHANNELS + position % area
 
 
 @triton.jit
 def value_at(start, channel, area, CHANNELS_LAST: tl.constexpr):
-    """Offsets of a tile of values, as it is read."""
+    """Return the offsets of the values of a tile, in the order in which the tile is loaded."""
     if CHANNELS_LAST:
         return start[:, None] + channel[None, :]
     else:
@@ -38,13 +52,13 @@ def _mask(inside, channel, CHANNELS: tl.constexpr, CHANNELS_LAST: tl.constexpr):
 
 @triton.jit
 def load_tile(pointer, start, inside, channel, area, CHANNELS: tl.constexpr, CHANNELS_LAST: tl.constexpr):
-    """A tile (positions, channels), zero outside of the map.
+    """Load a tile (positions, channels). Values outside of the map are zero.
 
     Args:
         pointer: The map.
-        start: (positions,) of `start_of`.
-        inside: (positions,), whether there is such a position.
-        channel: (channels,) numbers of channels.
+        start: (positions,), the result of `start_of`.
+        inside: (positions,), True for positions of the map.
+        channel: (channels,), numbers of the channels.
         area: H * W.
     """
     mask = _mask(inside, channel, CHANNELS, CHANNELS_LAST)
@@ -54,7 +68,7 @@ def load_tile(pointer, start, inside, channel, area, CHANNELS: tl.constexpr, CHA
 
 @triton.jit
 def store_tile(pointer, tile, start, inside, channel, area, CHANNELS: tl.constexpr, CHANNELS_LAST: tl.constexpr):
-    """Write what `load_tile` reads there, rounded to the type of the map."""
+    """Store a tile where `load_tile` loads it from, rounded to the type of the map."""
     tile = tile.to(pointer.dtype.element_ty)
     mask = _mask(inside, channel, CHANNELS, CHANNELS_LAST)
     tl.store(

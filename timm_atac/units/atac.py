@@ -5,7 +5,7 @@ This file is the reference for everything else in the package.
 Paper: `Attention as Activation` - https://arxiv.org/abs/2007.07729 (Dai et al., ICPR 2020)
 
 An activation and an attention module are both a gate, `x' = G(x) * x`. All units here share one bottleneck of two 1x1
-convolutions and differ in where it looks and in what is done with its output:
+convolutions. They differ in the input of the bottleneck and in the use of its output:
 
 | unit           | gate                                   | in place of              |
 | -------------- | -------------------------------------- | ------------------------ |
@@ -16,11 +16,11 @@ convolutions and differ in where it looks and in what is done with its output:
 """
 
 import math
-from numbers import Integral, Real
+from numbers import Real
 
 import torch
 import torch.nn as nn
-from timm.layers import LayerType, create_act_layer, get_norm_layer
+from timm.layers import LayerType, create_act_layer, get_act_layer, get_norm_layer
 
 from .deferred import ChannelModule
 from .xunit import XUnit
@@ -29,7 +29,7 @@ __all__ = ['ACTIVATIONS', 'ATAC', 'LocalSE', 'NiN', 'SEActivation']
 
 
 def init_weight_(weight: torch.Tensor) -> None:
-    """He initialisation as the authors have it (MXNet's `MSRAPrelu`): fan averaged, for a PReLU of slope 0.25.
+    """Initialise a weight as the authors do, by MXNet's `MSRAPrelu`: the average of both fans, PReLU of slope 0.25.
 
     Args:
         weight: Weight of a convolution or a linear layer, changed in place.
@@ -38,29 +38,27 @@ def init_weight_(weight: torch.Tensor) -> None:
 
 
 def get_rd_channels(channels: int, rd_ratio: float) -> int:
-    """Width of the bottleneck, `max(1, channels * rd_ratio)` rounded down.
+    """Return the width of the bottleneck, `max(1, channels * rd_ratio)` rounded down.
 
     Raises:
-        ValueError: `channels` is not an integer >= 1, or `rd_ratio` is not in (0, 1].
+        ValueError: `rd_ratio` is not in (0, 1].
     """
-    if not isinstance(channels, Integral) or isinstance(channels, bool) or channels < 1:
-        raise ValueError(f'channels={channels!r}: expected an integer >= 1, the width C of the (B, C, H, W) input.')
     if not isinstance(rd_ratio, Real) or not 0 < rd_ratio <= 1:
         raise ValueError(
-            f"rd_ratio={rd_ratio!r}: expected a number in (0, 1], the bottleneck's share of the channels "
+            f'rd_ratio={rd_ratio!r}: expected a number in (0, 1], the width of the bottleneck over the channels '
             f"(the paper's r = 2 is rd_ratio=0.5)."
         )
-    return max(1, math.floor(channels * rd_ratio + 1e-6))  # a ratio of 1 / r is seldom exact
+    return max(1, math.floor(channels * rd_ratio + 1e-6))  # the float 1 / r may be slightly too small
 
 
 class ChannelBottleneck(ChannelModule):
-    """What all units share: `BN2(conv2(act(BN1(conv1(x)))))`, 1x1 convolutions C -> max(1, C * rd_ratio) -> C.
+    """Base of the units: `BN2(conv2(act(BN1(conv1(x)))))`, 1x1 convolutions C -> max(1, C * rd_ratio) -> C.
 
-    The names `conv1`, `bn1`, `conv2`, `bn2` are those of published weights and stay.
+    Published weights use the names `conv1`, `bn1`, `conv2` and `bn2`, so these names must not change.
 
     Args:
-        channels: Width C of the input. Without it, the unit is completed when it is put into a module: it takes width,
-            layout, device and dtype from the layers around it (`timm_atac.units.deferred`).
+        channels: Width C of the input. Without it, the layers are created when the unit is put into a module. Width,
+            layout, device and dtype then come from the neighbouring layers (`timm_atac.units.deferred`).
         rd_ratio: Width of the bottleneck over C.
         act_layer: Activation inside the bottleneck, None for none.
         norm_layer: Normalisation after each convolution, None for none.
@@ -69,7 +67,7 @@ class ChannelBottleneck(ChannelModule):
 
     Raises:
         ValueError: `channels` is not an integer >= 1, `rd_ratio` is not in (0, 1], or `input_fmt` is not one of the
-            four. Of a unit that was put where its width cannot be known: from any use of its parameters.
+            four. If the neighbouring layers do not give the width: any use of the unit's parameters.
     """
 
     def __init__(
@@ -84,10 +82,10 @@ class ChannelBottleneck(ChannelModule):
         dtype=None,
     ) -> None:
         super().__init__(input_fmt)
-        get_rd_channels(1, rd_ratio)  # an error here, where it was given
+        get_rd_channels(1, rd_ratio)  # raises a wrong ratio here, also for a unit that has no width yet
         self.rd_ratio = rd_ratio
         self._act_layer = act_layer
-        self._norm_layer = get_norm_layer(norm_layer) or _no_norm
+        self._norm_layer = get_norm_layer(norm_layer) or nn.Identity
         self.initialize_parameters(channels, device=device, dtype=dtype)
 
     def build(self, channels: int, device=None, dtype=None) -> None:
@@ -101,6 +99,7 @@ class ChannelBottleneck(ChannelModule):
         self.bn2 = self._norm_layer(channels, **dd)
         init_weight_(self.conv1.weight)
         init_weight_(self.conv2.weight)
+        del self._act_layer, self._norm_layer  # pickle refuses a lambda
 
     def bottleneck(self, x: torch.Tensor) -> torch.Tensor:
         x = self.conv1(x)
@@ -117,19 +116,19 @@ class ATAC(ChannelBottleneck):
     position alone.
 
     Args:
-        channels: Width C of the input. Without it, as `act_layer=ATAC` in timm's models, the unit is completed when it
-            is put into a module: it takes width, layout, device and dtype from the layers around it.
+        channels: Width C of the input. Without it, as for `act_layer=ATAC` in timm's models, the layers are created
+            when the unit is put into a module. Width, layout, device and dtype then come from the neighbouring layers.
         rd_ratio: Width of the bottleneck over C (the paper's 1 / r, r = 2).
         act_layer: Activation inside the bottleneck, None for none.
         norm_layer: Normalisation after each convolution, None for none.
-        gate_layer: Squashes the bottleneck's output to the gate, None for none.
+        gate_layer: Activation that turns the bottleneck's output into the gate, None for none.
         inplace: Accepted because timm passes it to activations. The input is never changed.
         input_fmt: Layout of the input: 'NCHW' is (B, C, H, W), 'NCL' (B, C, ...), 'NHWC' and 'NLC' are (B, ..., C).
 
     Raises:
         ValueError: `channels` is not an integer >= 1, `rd_ratio` is not in (0, 1], or `input_fmt` is not one of the
-            four; an input of another width. Of a unit that was put where its width cannot be known: from any use of
-            its parameters.
+            four. The input has another width. If the neighbouring layers do not give the width: any use of the unit's
+            parameters.
 
     Source:
         Section III of the paper; the authors' `ChaATAC`.
@@ -147,23 +146,28 @@ class ATAC(ChannelBottleneck):
         device=None,
         dtype=None,
     ) -> None:
-        dd = {'device': device, 'dtype': dtype}
-        super().__init__(channels, rd_ratio, act_layer, norm_layer, inplace, input_fmt, **dd)
-        self.gate = (create_act_layer(gate_layer) or nn.Identity()).to(**dd)
+        self._gate_layer = get_act_layer(gate_layer)  # before super().__init__(), which calls build()
+        super().__init__(channels, rd_ratio, act_layer, norm_layer, inplace, input_fmt, device=device, dtype=dtype)
+
+    def build(self, channels: int, device=None, dtype=None) -> None:
+        super().build(channels, device=device, dtype=dtype)
+        self.gate = create_act_layer(self._gate_layer) or nn.Identity()
+        self.gate.to(device=device, dtype=dtype)
+        del self._gate_layer
 
     def activate(self, x: torch.Tensor) -> torch.Tensor:
         return x * self.gate(self.bottleneck(x))
 
 
 class SEActivation(ATAC):
-    """`ATAC` behind a global average pool: one gate a channel for the whole map, (B, C, H, W) -> (B, C, H, W).
+    """`ATAC` behind a global average pool: one gate per channel for the whole map, (B, C, H, W) -> (B, C, H, W).
 
-    Arguments and parameter count are those of `ATAC`. In training a batch of one has a single value a channel left to
-    normalise, which BatchNorm refuses.
+    It has the arguments and the number of parameters of `ATAC`. In training, BatchNorm raises an error for a batch of
+    one, because the pool leaves one value per channel.
 
     Source:
-        Compared with ATAC in Tables 2 and 3. The slides show it as a picture, read here as the pool in front of the
-        same bottleneck, BatchNorm and inner ReLU included, as in the authors' code (`useGlobal`).
+        Tables 2 and 3 compare it with ATAC. The slides show it only as a picture. This implementation puts the pool in
+        front of the same bottleneck, with BatchNorm and the inner ReLU, as the authors' code does (`useGlobal`).
     """
 
     def activate(self, x: torch.Tensor) -> torch.Tensor:
@@ -173,11 +177,11 @@ class SEActivation(ATAC):
 class NiN(ChannelBottleneck):
     """Network-in-network unit: the bottleneck's output itself, no gate, (B, C, H, W) -> (B, C, H, W).
 
-    Arguments are those of `ATAC` but `gate_layer`; the parameter count is the same.
+    It has the arguments of `ATAC` except `gate_layer`, and as many parameters.
 
     Source:
-        Compared with ATAC in Tables 2 and 3. The slides show it as a picture, read here as `ATAC` without the sigmoid
-        and the product: `BN2(conv2(relu(BN1(conv1(x)))))`.
+        Tables 2 and 3 compare it with ATAC. The slides show it only as a picture. This implementation is `ATAC` without
+        the sigmoid and the product: `BN2(conv2(relu(BN1(conv1(x)))))`.
     """
 
     def activate(self, x: torch.Tensor) -> torch.Tensor:
@@ -185,21 +189,17 @@ class NiN(ChannelBottleneck):
 
 
 class LocalSE(ATAC):
-    """The gate of `ATAC` once a block, as an `attn_layer`: (B, C, H, W) -> (B, C, H, W).
+    """The gate of `ATAC` as an `attn_layer`, one per block: (B, C, H, W) -> (B, C, H, W).
 
-    Put where an SE module sits, at the end of the residual branch, while the block's activations stay ReLUs. It adds
-    `2 * C * C * rd_ratio + 2 * C * (1 + rd_ratio)` parameters a block: 5,712 to the CIFAR network of b = 1 (77,850 to
-    83,562), where ATAC's two units a block and the last one add 11,728.
+    It takes the place of an SE module at the end of the residual branch. The block's activations stay ReLUs. It adds
+    `2 * C * C * rd_ratio + 2 * C * (1 + rd_ratio)` parameters per block. To the CIFAR network of b = 1 it adds 5,712
+    parameters (77,850 to 83,562). ATAC adds 11,728, by two units per block and one at the end.
 
     Source:
-        LocalSENet, compared with ATAC in Tables 2 and 3. The slides show it as a picture, read here as an SE block (Hu
-        et al. 2018) whose gate is `ATAC`'s: no pool, r = 2, BatchNorm, ReLU inside.
+        Tables 2 and 3 compare LocalSENet with ATAC. The slides show it only as a picture. This implementation is an SE
+        block (Hu et al. 2018) with the gate of `ATAC`: no pool, r = 2, BatchNorm, ReLU inside.
     """
 
 
-# the names of the units that take an activation's place, as timm's `act_layer` has them
+# the units that replace an activation, by their names for timm's `act_layer`
 ACTIVATIONS: dict[str, type[ChannelModule]] = {'atac': ATAC, 'se_act': SEActivation, 'nin': NiN, 'xunit': XUnit}
-
-
-def _no_norm(channels: int, device=None, dtype=None) -> nn.Module:
-    return nn.Identity()

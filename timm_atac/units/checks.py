@@ -1,4 +1,4 @@
-"""Checks of arguments and inputs that several networks share."""
+"""Checks of arguments and inputs, shared by several networks."""
 
 from collections.abc import Sequence
 
@@ -9,10 +9,16 @@ __all__ = ['check_feat_size', 'check_stages']
 
 
 def check_feat_size(layer: nn.Module, x: torch.Tensor, feat_size: tuple[int, int], reason: str) -> None:
-    """Check that a layer gets the feature maps that it was made for; traced, scripted code is not asked.
+    """Check that an input has the height and width that a layer was created for. Does nothing while tracing.
+
+    Args:
+        layer: For the message: its class, and its `img_size` if it has one.
+        x: Input (B, C, H, W).
+        feat_size: Expected height and width of the input.
+        reason: For the message: why the layer needs this size.
 
     Raises:
-        ValueError: It does not.
+        ValueError: The input has another height or width.
     """
     if torch.jit.is_tracing() or isinstance(x, torch.fx.Proxy):
         return
@@ -27,24 +33,24 @@ def check_feat_size(layer: nn.Module, x: torch.Tensor, feat_size: tuple[int, int
 
 
 def check_stages(stages: Sequence[int], num_stages: int, name: str = 'atac_stages') -> tuple[int, ...]:
-    """Check the stages that get the unit, or whatever they get.
+    """Check an argument that selects stages of a network.
 
     Args:
-        stages: Stage numbers from 1, in any order; `()` is none.
-        num_stages: The highest number there is.
-        name: Of the argument that they are from.
+        stages: Stage numbers from 1, in any order. `()` selects none.
+        num_stages: Number of stages of the network.
+        name: Name of the argument, for the message.
 
     Returns:
         The stages, sorted.
 
     Raises:
-        ValueError: Not a sequence of different integers in 1..num_stages.
+        ValueError: `stages` is not a sequence of different integers in 1..num_stages.
     """
     allowed = range(1, num_stages + 1)
-    found = tuple(stages) if isinstance(stages, (list, tuple, set, frozenset, range)) else None
-    if found is None or not all(type(s) is int and s in allowed for s in found) or len(set(found)) < len(found):
+    is_sequence = isinstance(stages, (list, tuple, set, frozenset, range))
+    if not is_sequence or not all(type(s) is int and s in allowed for s in stages) or len(set(stages)) < len(stages):
         raise ValueError(
             f'{name}={stages!r}: expected a tuple of different stage numbers from '
             f'{tuple(allowed)}, such as ({num_stages - 1}, {num_stages}), or () for none.'
         )
-    return tuple(sorted(found))
+    return tuple(sorted(stages))

@@ -1,9 +1,8 @@
-"""Which activation goes where in a network, and how it is made once its width is known."""
+"""Creation of an activation for a known width, and initialisation of a network."""
 
-from collections.abc import Callable
 from functools import partial
 from inspect import signature
-from typing import Any
+from typing import Any, cast
 
 import torch.nn as nn
 from timm.layers import LayerType, create_act_layer, get_act_layer
@@ -23,27 +22,28 @@ def create_activation(
     device=None,
     dtype=None,
 ) -> nn.Module:
-    """Create the activation of a feature map whose width is known.
+    """Create an activation for a feature map of known width.
 
-    A layer whose constructor takes `channels` (ATAC and its relatives, timm's channel attentions) gets the width and
-    those of the other arguments that it takes; any other is created as timm does it.
+    If the layer's constructor takes `channels`, as the units and timm's channel attentions do, it gets the width and
+    the other arguments that it takes. Any other layer is created by timm's `create_act_layer`.
 
     Args:
-        act_layer: Name known to timm, class, or `partial` of one, whose own arguments win over `norm_layer`. None is
-            the identity.
+        act_layer: Name in timm, class, or `partial` of a class, whose arguments override `norm_layer`. None is the
+            identity.
         channels: Width C of the feature map (B, C, H, W).
-        rd_ratio: Width of the bottleneck over C, None for the layer's own.
-        norm_layer: Normalisation inside a unit of ours, None for the unit's own.
+        rd_ratio: Width of the bottleneck over C, None for the layer's default.
+        norm_layer: Normalisation inside one of our units, None for the unit's default.
         input_fmt: Layout of the feature map, None for (B, C, H, W).
 
     Raises:
-        ValueError: A name timm does not know, or `rd_ratio` for a layer that takes none or has it bound already.
+        ValueError: timm has no activation of that name, or `rd_ratio` was given for a layer that does not take it or
+            that already has it.
     """
     try:
         layer = get_act_layer(act_layer)
     except KeyError:
         raise ValueError(
-            f"act_layer={act_layer!r}: no activation of that name in timm; expected 'atac', 'se_act', 'nin', 'xunit', "
+            f"act_layer={act_layer!r}: timm has no activation of that name. Expected 'atac', 'se_act', 'nin', 'xunit', "
             f"a name such as 'relu' or 'silu', or a class. ('local_se' is an attn_layer.)"
         ) from None
     if layer is None:
@@ -52,10 +52,10 @@ def create_activation(
     accepted = signature(layer).parameters
     bound: dict[str, Any] = layer.keywords if isinstance(layer, partial) else {}
     if rd_ratio is not None and ('rd_ratio' not in accepted or 'rd_ratio' in bound):
-        reason = 'has its own already' if 'rd_ratio' in bound else 'has no bottleneck to set the width of'
+        reason = 'already has a rd_ratio' if 'rd_ratio' in bound else 'does not take rd_ratio'
         raise ValueError(
-            f'rd_ratio={rd_ratio!r} together with act_layer={act_layer!r}, which {reason}: drop one of the two. '
-            f'(For an attn_layer, give a partial: attn_layer=partial(timm_atac.LocalSE, rd_ratio={rd_ratio!r}).)'
+            f'rd_ratio={rd_ratio!r} was given with act_layer={act_layer!r}, which {reason}. Drop one of the two. '
+            f'(For an attn_layer, pass a partial: attn_layer=partial(timm_atac.LocalSE, rd_ratio={rd_ratio!r}).)'
         )
     if 'channels' not in accepted:
         return create_act_layer(layer, inplace=True).to(device=device, dtype=dtype)
@@ -65,7 +65,7 @@ def create_activation(
     )
     cls = layer.func if isinstance(layer, partial) else layer
     if isinstance(cls, type) and issubclass(cls, ChannelModule):
-        options['norm_layer'] = norm_layer  # another's norm may be off by default
+        options['norm_layer'] = norm_layer  # other layers may have no norm by default
     return layer(
         **{
             name: value
@@ -76,11 +76,11 @@ def create_activation(
 
 
 def init_weights(model: nn.Module, zero_init_last: bool) -> None:
-    """Initialise a network as the authors do: He for convolutions and classifier, biases zero, norms one and zero.
+    """Initialise convolutions and linear layers as the authors do: weights by `init_weight_`, biases zero.
 
     Args:
         model: Network, changed in place.
-        zero_init_last: Call `zero_init_last` of every block, so that it starts as the identity.
+        zero_init_last: Also call `zero_init_last` of every block, so that each block starts as the identity.
     """
     for module in model.modules():
         if isinstance(module, (nn.Conv2d, nn.Linear)):
@@ -89,6 +89,5 @@ def init_weights(model: nn.Module, zero_init_last: bool) -> None:
                 nn.init.zeros_(module.bias)
     if zero_init_last:
         for module in model.modules():
-            zero_init: Callable[[], None] | None = getattr(module, 'zero_init_last', None)
-            if zero_init is not None:
-                zero_init()
+            if hasattr(module, 'zero_init_last'):
+                cast(Any, module).zero_init_last()

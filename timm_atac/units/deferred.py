@@ -1,14 +1,14 @@
-"""Units without a width: completed, with every parameter, when they are put into a module.
+"""Units that are created before their width is known, and get their layers when they are put into a module.
 
-timm creates activations with `act_layer(inplace=True)` and tells them nothing. A unit created like that waits. PyTorch
-calls a hook of ours whenever a module is put into another one, and there the unit gets width, layout, device and dtype
-from the layers around it (`infer_width.py`). No forward pass, nothing of timm is patched, and the hook is there only
-while a unit waits: it goes with the first registration after the last one is complete, or gone.
+timm creates activations with `act_layer(inplace=True)` and does not pass the number of channels. PyTorch calls a
+registration hook whenever a module is put into another one. The hook of this file reads width, layout, device and dtype
+from the neighbouring layers (`infer_width.py`) and creates the layers of the unit. No forward pass is needed, and timm
+is not patched. The hook is installed only while a unit waits. After that, the next registration removes it.
 """
 
 import threading
 import weakref
-from typing import Any
+from numbers import Integral
 
 import torch
 import torch.nn as nn
@@ -21,20 +21,22 @@ from .infer_width import Width, width_at
 __all__ = ['ChannelModule', 'UnknownWidth']
 
 FORMATS = ('NCHW', 'NCL', 'NHWC', 'NLC')
-_WAY_OUT = 'Build the model without it and call timm_atac.replace_activations(model), which goes by a forward pass.'
+_REMEDY = (
+    'Build the model without it and call timm_atac.replace_activations(model), which finds widths by a forward pass.'
+)
 
 
 class ChannelModule(nn.Module):
-    """Base of the units: knows its input's channels and layout, and can be created before they are known.
+    """Base of the units, for inputs of `channels` channels in the layout `input_fmt`.
 
-    A subclass makes its layers in `build` and works on (B, C, H, W) in `activate`. Its constructor ends with
-    `initialize_parameters`.
+    A subclass creates its layers in `build` and computes its output from (B, C, H, W) in `activate`. Its constructor
+    calls `initialize_parameters` at the end.
 
     Args:
         input_fmt: Layout of the input: 'NCHW' is (B, C, H, W), 'NCL' (B, C, ...), 'NHWC' and 'NLC' are (B, ..., C).
 
     Raises:
-        ValueError: `input_fmt` is none of the four.
+        ValueError: `input_fmt` is not one of the four.
     """
 
     channels: int | None
@@ -45,27 +47,31 @@ class ChannelModule(nn.Module):
             raise ValueError(f'input_fmt={input_fmt!r}: expected one of {FORMATS}.')
         self.channels = None
         self.input_fmt = str(getattr(input_fmt, 'value', input_fmt))  # timm's Format is a str
-        self.place = ''  # where a unit created without a width was put, for messages
+        self.place = ''  # for error messages: where a unit without a width was put
 
     def initialize_parameters(self, channels: int | None, device=None, dtype=None) -> None:
-        """Make the layers, or wait for a place. Bool counts as no width: `nn.ReLU` has `inplace` there."""
+        """Create the layers if `channels` is given. Otherwise wait until the unit is put into a module.
+
+        A bool counts as no width, because the first argument of `nn.ReLU` is `inplace`.
+
+        Raises:
+            ValueError: `channels` is not an integer >= 1.
+        """
         if channels is None or isinstance(channels, bool):
             self.unknown_width = UnknownWidth(self)
             _wait(self)
-        else:
-            self.build(channels, device=device, dtype=dtype)
-            self.channels = channels
-
-    def materialize(self, channels: int, input_fmt: str, device=None, dtype=None) -> None:
-        """Give a waiting unit its layers."""
-        del self.unknown_width
-        self.input_fmt = input_fmt
-        self.initialize_parameters(channels, device=device, dtype=dtype)
+            return
+        if not isinstance(channels, Integral) or channels < 1:
+            raise ValueError(f'channels={channels!r}: expected an integer >= 1, the width C of the (B, C, H, W) input.')
+        self.build(channels, device=device, dtype=dtype)
+        self.channels = channels
 
     def build(self, channels: int, device=None, dtype=None) -> None:
+        """Create the layers."""
         raise NotImplementedError
 
     def activate(self, x: torch.Tensor) -> torch.Tensor:
+        """Compute the output, (B, C, H, W) -> (B, C, H, W)."""
         raise NotImplementedError
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -82,12 +88,12 @@ class ChannelModule(nn.Module):
         if torch.jit.is_tracing() or isinstance(x, torch.fx.Proxy):
             return
         if self.channels is None:
-            raise ValueError(_unknown(self))
+            raise ValueError(_unknown_width_message(self))
         dim = 1 if self.input_fmt in ('NCHW', 'NCL') else -1
         if x.shape[dim] != self.channels or (self.input_fmt == 'NCHW' and x.ndim != 4):
             raise ValueError(
                 f'{type(self).__name__}{self.place} is for {self.channels} channels in {self.input_fmt} and got an '
-                f'input of shape {tuple(x.shape)}. One unit cannot serve several widths. {_WAY_OUT}'
+                f'input of shape {tuple(x.shape)}. One unit cannot serve several widths. {_REMEDY}'
             )
 
     def extra_repr(self) -> str:
@@ -98,32 +104,32 @@ _GRAD_FN = vars(torch._C.TensorBase)['grad_fn'].__get__
 
 
 class UnknownWidth(UninitializedParameter):
-    """Stands for the parameters of a waiting unit, so that none is missed silently: any use is an error."""
+    """Placeholder for the parameters of a waiting unit. Any use raises an error, so that none is missed silently."""
 
-    _unit: Any
+    _unit: 'weakref.ref[ChannelModule]'
 
-    def __new__(cls, unit: ChannelModule | None = None) -> 'UnknownWidth':
+    def __new__(cls, unit: ChannelModule) -> 'UnknownWidth':
         self = super().__new__(cls)
-        self._unit = weakref.ref(unit) if unit is not None else lambda: None
+        self._unit = weakref.ref(unit)
         return self
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
-        if func in (torch.Tensor.__hash__, _GRAD_FN):  # what registration and a set need
+        if func in (torch.Tensor.__hash__, _GRAD_FN):  # registering it and putting it into a set need these
             return super().__torch_function__(func, types, args, kwargs)
         unit = next((arg._unit() for arg in args if isinstance(arg, UnknownWidth)), None)
-        raise ValueError(_unknown(unit))
+        raise ValueError(_unknown_width_message(unit))
 
     @property
     def shape(self):  # type: ignore[override]
-        raise ValueError(_unknown(self._unit()))
+        raise ValueError(_unknown_width_message(self._unit()))
 
 
-def _unknown(unit: ChannelModule | None) -> str:
+def _unknown_width_message(unit: ChannelModule | None) -> str:
     return (
         f'{type(unit).__name__ if unit is not None else "Unit"}{getattr(unit, "place", "")} was created without '
-        f'`channels`, and nothing around it tells its width. Give it `channels`. In a model of somebody else: '
-        f'{_WAY_OUT}'
+        f'`channels`, and the neighbouring layers do not give its width. Pass `channels`. If another package creates '
+        f'the unit: {_REMEDY}'
     )
 
 
@@ -133,23 +139,25 @@ _handle: RemovableHandle | None = None
 
 
 def _wait(unit: ChannelModule) -> None:
+    """Add a unit to the waiting ones, and install the hook."""
     global _handle
     with _lock:
-        _waiting[unit] = []  # (weak reference to parent, name), outwards
+        _waiting[unit] = []  # (weak reference to a parent, name in it), from the innermost parent outwards
         if _handle is None:
             _handle = register_module_module_registration_hook(_on_registration)
 
 
 def _on_registration(parent: nn.Module, name: str, module: nn.Module | None) -> None:
-    """PyTorch's hook: `module` is about to become `parent.name`."""
+    """The registration hook. PyTorch calls it just before `module` becomes `parent.name`."""
     with _lock:
         for unit, places in list(_waiting.items()):
             if module is not None:
                 _infer_width(unit, places, parent, name, module)
-        _stop_if_none_waits()
+        _remove_hook_if_none_waits()
 
 
 def _infer_width(unit: ChannelModule, places: list, parent: nn.Module, name: str, module: nn.Module) -> None:
+    """Create the unit's layers if its width is known now that `module` becomes `parent.name`."""
     outermost = places[-1][0]() if places else unit
     if module is outermost:
         places.append((weakref.ref(parent), name))
@@ -157,32 +165,29 @@ def _infer_width(unit: ChannelModule, places: list, parent: nn.Module, name: str
             unit.place = f' at {name!r} of {type(parent).__module__}.{type(parent).__qualname__}'
         width = width_at(parent, name)
     else:
-        place = next((place for place in places if place[0]() is parent), None)
-        if place is None:
-            return
-        width = width_at(parent, place[1], following=(name, module))
+        inside = next((inside for known, inside in places if known() is parent), None)
+        width = width_at(parent, inside, following=(name, module)) if inside is not None else None
     if width is not None:
         _materialize(unit, width)
 
 
 def _materialize(unit: ChannelModule, width: Width) -> None:
+    """Create the layers of a waiting unit, with device and dtype of the layer that its width comes from."""
     del _waiting[unit]
-    like = next((t for t in (*width.layer.parameters(), *width.layer.buffers()) if t.is_floating_point()), None)
+    del unit.unknown_width
+    unit.input_fmt = width.likely_fmt
     unit.place += f', its width from {width.name!r},'
-    unit.materialize(
-        width.channels,
-        width.likely_fmt,
-        device=like.device if like is not None else None,
-        dtype=like.dtype if like is not None else None,
-    )
+    tensors = (*width.layer.parameters(), *width.layer.buffers())
+    dd = next(({'device': t.device, 'dtype': t.dtype} for t in tensors if t.is_floating_point()), {})
+    unit.initialize_parameters(width.channels, **dd)
 
 
-def _stop_if_none_waits() -> None:
+def _remove_hook_if_none_waits() -> None:
     global _handle
     if _waiting or _handle is None:
         return
     hooks = _handle.hooks_dict_ref()
-    # PyTorch is walking through its hooks: the last one can go, taking out another would be an error there
+    # PyTorch is iterating over its hooks now. Only the last one can be removed without an error there
     if hooks is not None and next(reversed(hooks)) == _handle.id:
         _handle.remove()
         _handle = None

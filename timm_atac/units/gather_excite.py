@@ -19,26 +19,26 @@ __all__ = ['GatherExcite', 'MapConv2d']
 class MapConv2d(nn.Conv2d):
     """Depthwise convolution as large as the map, (B, C, H, W) -> (B, C, 1, 1): a weighted sum over the positions.
 
-    Written as that sum, which takes a third of the time of PyTorch's convolution forwards and backwards on a CPU.
+    It computes this sum directly. On a CPU, forward and backward pass then take a third of the time of PyTorch's
+    convolution.
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        torch._assert(x.shape[2:] == self.weight.shape[2:], 'expected a map as large as the weight')  # or it broadcasts
+        torch._assert(x.shape[2:] == self.weight.shape[2:], 'expected a map as large as the weight')  # no broadcast
         y = (x * self.weight[:, 0]).sum((2, 3), keepdim=True)
-        bias = self.bias
-        return y if bias is None else y + bias.view(-1, 1, 1)
+        return y if self.bias is None else y + self.bias.view(-1, 1, 1)
 
 
 class GatherExcite(nn.Module):
     """GE-theta+: `x * sigmoid(W2 relu(W1 relu(BN(gather(x)))))`, (B, C, H, W) -> (B, C, H, W).
 
-    `gather` is a depthwise convolution over the whole map, so there is one gate a channel, and the layer is for maps of
-    one size. W1: 1x1 convolution C -> C * rd_ratio, W2: back to C, both with bias. In training a batch of one has a
-    single value a channel left to normalise, which BatchNorm refuses.
+    `gather` is a depthwise convolution over the whole map. So there is one gate per channel, and the layer takes maps
+    of one size. W1 is a 1x1 convolution C -> C * rd_ratio, W2 is one back to C, both with bias. In training, BatchNorm
+    raises an error for a batch of one, because `gather` leaves one value per channel.
 
-    timm's `GatherExcite(extra_params=True, extent=0)` is meant to be this; it hands device and dtype to its
-    convolutions as the positional arguments behind theirs, and cannot be created (timm 1.0.31). It also lacks the ReLU
-    behind the gather.
+    timm's `GatherExcite(extra_params=True, extent=0)` is meant to be the same layer, but timm 1.0.31 cannot create it:
+    it passes device and dtype by position to its convolutions, in the place of other arguments. It also has no ReLU
+    after the gather.
 
     Args:
         channels: Width C of the input.
@@ -46,10 +46,10 @@ class GatherExcite(nn.Module):
         rd_ratio: Width of the bottleneck over C.
         act_layer: Activation after the gather and inside the bottleneck.
         norm_layer: Normalisation after the gather.
-        gate_layer: Squashes the bottleneck's output to the gate.
+        gate_layer: Activation that turns the bottleneck's output into the gate.
 
     Raises:
-        ValueError: `rd_ratio` is not in (0, 1]; an input of another size.
+        ValueError: `rd_ratio` is not in (0, 1], or the input has another size.
 
     Source:
         `models/RN50-GEPP.prototxt` of the authors' repository (hujie-frank/GENet, commit ae791f8).

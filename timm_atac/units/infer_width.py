@@ -1,4 +1,4 @@
-"""What layers tell of the feature map next to them: its channels and its layout. By their attributes; nothing runs."""
+"""Channels and layout of a feature map, read from the attributes of the layers next to it. No layer runs."""
 
 from collections.abc import Callable, Iterable
 from typing import Any, Literal, NamedTuple
@@ -7,17 +7,17 @@ import torch.nn as nn
 
 __all__ = ['Width', 'width_at']
 
-# Where an activation is not fed by the layer registered before it: the sibling next to it, and on which side its width
-# is the activation's, or how many of its channels are.
+# Activations whose input does not come from the layer registered before them: the sibling next to the activation, and
+# whether the activation has the width of its input or of its output, or a function that returns the width.
 _HOSTS: dict[str, tuple[str, Literal['in', 'out'] | Callable[[Any], int]]] = {
-    'timm.layers.mlp.GluMlp.act': ('fc2', 'in'),  # sees half of fc1
+    'timm.layers.mlp.GluMlp.act': ('fc2', 'in'),  # gets half of the output of fc1
     'timm.models.efficientformer_v2.Attention2d.act': ('proj', 'in'),  # after attention, not after talking_head2
     'timm.models.efficientformer_v2.Attention2dDownsample.act': ('proj', 'in'),
     'timm.models.gemma4_vit.Gemma4GatedMlp.act': ('down_proj', 'in'),  # registered after all layers
     'timm.models.mambaout.GatedConvBlock.act': ('fc2', 'in'),
     'timm.models.mambaout.Stem.act': ('conv2', 'in'),  # its norm works on a permuted map
     'timm.models.nfnet.NormFreeBlock.act1': ('conv1', 'in'),  # pre-activation, registered after downsample
-    'timm.models.resnet.BasicBlock.act2': ('bn2', 'out'),  # an attention layer may stand between
+    'timm.models.resnet.BasicBlock.act2': ('bn2', 'out'),  # an attention layer may be between
     'timm.models.resnet.Bottleneck.act3': ('bn3', 'out'),
     'timm.models.starnet.Block.act': ('f1', 'out'),  # registered after all convolutions
     'timm.models.vision_transformer.DiffParallelScalingBlock.mlp_act': ('in_proj', lambda block: block.in_split[0]),
@@ -28,32 +28,32 @@ _CONV_FMT = {1: 'NCL', 2: 'NCHW', 3: 'NCL'}
 
 
 class Width(NamedTuple):
-    """Channels and layout of a feature map, and which layer has told: its name in the parent, and the layer itself."""
+    """Channels and layout of a feature map, and the layer that they were read from."""
 
     channels: int
-    input_fmt: str | None  # None: the layer works with several
-    name: str
+    input_fmt: str | None  # None if the layer works with several layouts
+    name: str  # of the layer in the parent
     layer: nn.Module
 
     @property
     def likely_fmt(self) -> str:
-        """The layout, where no layer has told it that of this kind of layer."""
+        """The layout. If it is not known, the usual layout for this type of layer."""
         return self.input_fmt or ('NCHW' if type(self.layer) in _ANY_DIMS else 'NLC')
 
 
 def width_at(parent: nn.Module, name: str, following: tuple[str, nn.Module] | None = None) -> Width | None:
-    """Width of the activation `name` of `parent`, or of the container `name` that begins with the activation.
+    """Return the width of the activation `name` of `parent`, or of a container `name` that starts with the activation.
 
-    In this order: what the table above says of the parent's class, the parent itself where it is a normalisation, the
-    last layer before the activation that has a width, the first one after it.
+    The width comes from the first of these that has one: the table above for the parent's class, the parent itself if
+    it is a normalisation, the last layer before the activation, the first layer after it.
 
     Args:
-        parent: Module that has the activation, or is about to.
+        parent: Module that has the activation or will get it.
         name: Name of the activation in the parent.
-        following: Name and module that are being put into the parent after it.
+        following: Name and module of a layer after the activation, which will be put into the parent.
 
     Returns:
-        None where it cannot be known yet.
+        The width, None if it is not known yet.
     """
     children = {k: m for k, m in parent._modules.items() if m is not None}
     if following is not None:
@@ -70,23 +70,16 @@ def width_at(parent: nn.Module, name: str, following: tuple[str, nn.Module] | No
     if own is not None and _is_norm(parent):
         return Width(*own, name=type(parent).__name__, layer=parent)
     names = list(children)
-    before = names[: names.index(name)] if name in names else names
-    after = names[names.index(name) + 1 :] if name in names else []
-    return _first([(k, children[k]) for k in reversed(before)], 'out') or _first(
-        [(k, children[k]) for k in after], 'in'
-    )
+    index = names.index(name) if name in names else len(names)
+    before = (_of_module(k, children[k], 'out') for k in reversed(names[:index]))
+    after = (_of_module(k, children[k], 'in') for k in names[index + 1 :])
+    return _first(before) or _first(after)
 
 
-def _first(candidates: Iterable[tuple[str, nn.Module]], side: str) -> Width | None:
-    return _with_layout(_of_module(name, module, side) for name, module in candidates)
-
-
-def _with_layout(widths: Iterable[Width | None]) -> Width | None:
-    """The first width there is; its layout from a later one where the first does not tell that."""
+def _first(widths: Iterable[Width | None]) -> Width | None:
+    """Return the first width that is not None. If its layout is unknown, take the next known one."""
     found = None
-    for width in widths:
-        if width is None:
-            continue
+    for width in filter(None, widths):
         found = found or width
         if width.input_fmt is not None:
             return found._replace(input_fmt=width.input_fmt)
@@ -98,16 +91,16 @@ def _of_module(name: str, module: nn.Module, side: str) -> Width | None:
     if own is not None:
         return Width(*own, name=name, layer=module)
     children = list(module.named_children())
-    # one channel inside a module is a gate's, computed across channels (ECA) or positions (CBAM), and not its output's
     found = (_of_module(f'{name}.{k}', m, side) for k, m in (reversed(children) if side == 'out' else children))
-    return _with_layout(width for width in found if width is None or width.channels > 1)
+    # a layer of one channel inside a module computes a gate, from channels (ECA) or positions (CBAM), not the output
+    return _first(width for width in found if width is None or width.channels > 1)
 
 
 def _of_layer(module: nn.Module, side: str) -> tuple[int, str | None] | None:
-    """Channels and layout by the words that PyTorch, timm and we use for them."""
+    """Return channels and layout from the attributes that PyTorch, timm and this package use for them."""
     channels: object
     input_fmt: str | None
-    if hasattr(module, 'input_fmt'):  # a unit of ours
+    if hasattr(module, 'input_fmt'):  # one of our units
         channels, input_fmt = getattr(module, 'channels', None), str(module.input_fmt)
     elif hasattr(module, 'out_channels'):  # a convolution, or a module that ends with one
         channels = module.out_channels if side == 'out' else getattr(module, 'in_channels', None)
@@ -129,14 +122,14 @@ def _of_layer(module: nn.Module, side: str) -> tuple[int, str | None] | None:
 
 
 def _is_norm(module: nn.Module) -> bool:
-    """A layer that normalises: by its name, and a weight of its own, None included (a NormFreeNet has none)."""
+    """True if the class name is that of a normalisation and `weight` exists, even as None. A NormFreeNet has none."""
     return hasattr(module, 'weight') and any(word in type(module).__name__.lower() for word in ('norm', 'affine'))
 
 
 def _norm_fmt(module: nn.Module) -> str | None:
     name = type(module).__name__.lower()
     if '1d' in name or type(module) in _ANY_DIMS:
-        return None  # BatchNorm1d is for (B, C) and (B, C, L), or stands behind a reshape
+        return None  # BatchNorm1d takes (B, C) and (B, C, L), or follows a reshape
     if '3d' in name:
         return 'NCL'
     channels_first = '2d' in name or isinstance(module, (nn.modules.batchnorm._BatchNorm, nn.GroupNorm))

@@ -1,12 +1,12 @@
-"""Self-attention of each position to its neighbourhood, without a copy of the neighbourhood for each position.
+"""Self-attention of each position to its neighbourhood, without copying the neighbourhood for each position.
 
 Paper: `Stand-Alone Self-Attention in Vision Models` - https://arxiv.org/abs/1906.05909
 (Ramachandran, Parmar et al., NeurIPS 2019)
 
-A map is cut into tiles. The positions of a tile share the tile and its surroundings as keys and values, 13 x 13 of them
-for a tile of 7 x 7 and a window of 7 x 7: products of small matrices, of which those outside a position's window are
-masked. Keys and values are copied 3.4 times instead of 49 times. Nothing of this is kept for the backward pass, which
-computes it again from queries, keys and values.
+A map is divided into tiles. All positions of a tile use the same keys and values: those of the tile and of its
+surroundings, 13 x 13 for a tile of 7 x 7 and a window of 7 x 7. Logits are products of small matrices, masked outside
+of each position's window. Keys and values are copied 3.4 times instead of 49 times. The backward pass recomputes all of
+this from queries, keys and values.
 """
 
 import torch
@@ -28,17 +28,17 @@ def local_attention(
 ) -> torch.Tensor:
     """Multi-head attention of each position to the window around it: `softmax(q (k + r)) v`, without scale.
 
-    Positions outside the map are no keys. The embedding r of a key is that of its relative row for the first half of a
-    head's channels, and of its relative column for the second. In float16 logits have to be less than 1.6e4. A NaN
-    spreads to all positions of a tile around it.
+    Positions outside the map are not used as keys. The embedding r of a key is the embedding of its relative row for
+    the first half of a head's channels, and of its relative column for the second half. In float16, logits must be less
+    than 1.6e4. A NaN spreads to all positions of the tiles whose surroundings contain it.
 
     Args:
         q: Queries (B, C, H, W).
         k: Keys (B, C, H, W).
         v: Values (B, C, H, W).
-        row_embed: Embeddings (D / 2, window) of the rows above to below, D = C / num_heads; `window` is odd.
-        col_embed: Embeddings (D / 2, window) of the columns left to right.
-        num_heads: Heads, each with D channels in a row.
+        row_embed: Embeddings (D / 2, window) of the relative rows, top to bottom. D = C / num_heads, `window` is odd.
+        col_embed: Embeddings (D / 2, window) of the relative columns, left to right.
+        num_heads: Number of heads. Each has D consecutive channels.
         tile: Height and width of a tile. 7 divides the maps of a ResNet at 224 px.
 
     Returns:
@@ -65,7 +65,6 @@ def _local_attention(
     bottom, right = -height % tile, -width % tile
     rows, cols = (height + bottom) // tile, (width + right) // tile
     side = tile + 2 * reach
-
     channels_last = v.stride(1) == 1
 
     # (B * heads * tiles, positions, D) for the tiles, (B * heads * tiles, D, positions) for their surroundings
@@ -74,8 +73,8 @@ def _local_attention(
     v = _surroundings(v, num_heads, tile, reach, bottom, right)
 
     tiles = (batch * num_heads, rows, cols, tile, tile, window)
-    by_row = _by_place((q[..., :half] @ row_embed).view(tiles), 0, height)
-    by_col = _by_place((q[..., half:] @ col_embed).view(tiles), 1, width)
+    by_row = _by_key((q[..., :half] @ row_embed).view(tiles), 0, height)
+    by_col = _by_key((q[..., half:] @ col_embed).view(tiles), 1, width)
     bias = (by_row.unsqueeze(-1) + by_col.unsqueeze(-2)).view(-1, tile * tile, side * side)
     attention = torch.baddbmm(bias, q, k).softmax(dim=-1).to(v.dtype)
     y = (attention @ v.transpose(-2, -1)).view(batch, num_heads, rows, cols, tile, tile, 2 * half)
@@ -87,7 +86,7 @@ def _local_attention(
 
 
 def _is_ragged(right: int, bottom: int) -> bool:
-    """Whether there is something to pad; a trace is for images of other sizes too."""
+    """True if a map needs padding. Always true while tracing, because a trace must work for maps of other sizes."""
     return torch.jit.is_tracing() or right > 0 or bottom > 0
 
 
@@ -96,7 +95,7 @@ def _padded(x: torch.Tensor, right: int, bottom: int) -> torch.Tensor:
 
 
 def _surroundings(x: torch.Tensor, num_heads: int, tile: int, reach: int, bottom: int, right: int) -> torch.Tensor:
-    """Each tile with `reach` positions around it: (B * heads * tiles, D, positions), in memory as it is in `x`."""
+    """Return each tile with `reach` positions around it: (B * heads * tiles, D, positions), in memory order of x."""
     batch, channels = x.shape[:2]
     side = tile + 2 * reach
     channels_last = x.stride(1) == 1
@@ -109,28 +108,29 @@ def _surroundings(x: torch.Tensor, num_heads: int, tile: int, reach: int, bottom
     return x.permute(0, 1, 3, 4, 2, 5, 6).reshape(-1, channels // num_heads, side * side)
 
 
-def _by_place(logits: torch.Tensor, axis: int, length: int) -> torch.Tensor:
-    """Logits by relative place, (..., window), as logits by place in a tile's surroundings, (..., tile + window - 1).
+def _by_key(logits: torch.Tensor, axis: int, length: int) -> torch.Tensor:
+    """Turn logits by relative position, (..., window), to logits by key in the surroundings, (..., tile + window - 1).
 
-    Where there is no key they are so low that a key there gets no share.
+    Outside of the window and of the map, logits are so low that softmax returns zero there.
 
     Args:
         logits: (B * heads, rows of tiles, columns of tiles, tile, tile, window).
-        axis: 0 for places in rows, 1 for places in columns.
-        length: Of the map along that axis.
+        axis: 0 for positions in a column, whose keys differ in the row; 1 for positions in a row.
+        length: Height of the map for axis 0, width for axis 1.
     """
     tiles, tile, window = logits.shape[1 + axis], logits.shape[-2], logits.shape[-1]
     position = torch.arange(tile, device=logits.device).unsqueeze(1)
     key = torch.arange(tile + window - 1, device=logits.device)
-    apart = key - position
-    place = torch.arange(tiles, device=logits.device).view(-1, 1, 1) * tile + key - window // 2
-    inside = (apart >= 0) & (apart < window) & (place >= 0) & (place < length)  # (tiles, tile, tile + window - 1)
+    offset = key - position
+    key_on_map = torch.arange(tiles, device=logits.device).view(-1, 1, 1) * tile + key - window // 2
+    # (tiles, tile, tile + window - 1)
+    inside = (offset >= 0) & (offset < window) & (key_on_map >= 0) & (key_on_map < length)
     if axis == 0:
-        apart, inside = apart.unsqueeze(1), inside.unsqueeze(1).unsqueeze(3)
+        offset, inside = offset.unsqueeze(1), inside.unsqueeze(1).unsqueeze(3)
     else:
         inside = inside.unsqueeze(1)
-    logits = logits.gather(-1, apart.clamp(0, window - 1).expand(logits.shape[:-1] + key.shape))
-    # not -inf: the positions that pad a tile may have no key at all. There is room for two, and logits as large
+    logits = logits.gather(-1, offset.clamp(0, window - 1).expand(logits.shape[:-1] + key.shape))
+    # not -inf, because positions of the padding may have no key. The sum of two such values and a logit is still finite
     no_key = -1.6e4 if logits.dtype == torch.float16 else -8e37
     return logits.masked_fill(~inside, no_key)
 
@@ -144,9 +144,9 @@ def tile_attention(
         q: Queries (B, C, H, W).
         k: Keys (B, C, H, W).
         v: Values (B, C, H, W).
-        num_heads: Heads, each with C / num_heads channels in a row.
-        tile: Height and width of a tile. The last ones are smaller where it does not divide the map.
-        fused: By `scaled_dot_product_attention`, whose kernels have no second derivatives.
+        num_heads: Number of heads. Each has C / num_heads consecutive channels.
+        tile: Height and width of a tile. The last tiles are smaller if it does not divide the map.
+        fused: Use `scaled_dot_product_attention`, whose kernels have no second derivatives.
 
     Returns:
         (B, C, H, W).
@@ -173,14 +173,14 @@ def _tile_attention(
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0)
     else:
         logits = q @ k.transpose(-2, -1)
-        logits = logits if mask is None else logits.masked_fill(~mask, float('-inf'))  # each tile has a key
+        logits = logits if mask is None else logits.masked_fill(~mask, float('-inf'))  # each tile has at least one key
         y = logits.softmax(dim=-1).to(v.dtype) @ v
     y = y.view(batch, num_heads, rows, cols, tile, tile, channels // num_heads)
     return y.permute(0, 1, 6, 2, 4, 3, 5).reshape(shape)[:, :, :height, :width]
 
 
 def _tiles(x: torch.Tensor, num_heads: int, tile: int) -> torch.Tensor:
-    """(B, C, H, W) -> (B * heads, tiles, positions, D)."""
+    """Divide a map into tiles: (B, C, H, W) -> (B * heads, tiles, positions, D)."""
     batch, channels, height, width = x.shape
     x = x.view(batch, num_heads, channels // num_heads, height // tile, tile, width // tile, tile)
     x = x.permute(0, 1, 3, 5, 4, 6, 2)

@@ -7,14 +7,14 @@ __all__ = ['Sine']
 
 
 class Sine(nn.Module):
-    """Sine as an activation: `sin(omega * x)`, of any shape.
+    """Sine as an activation: `sin(omega * x)`, for inputs of any shape.
 
     Args:
-        omega: Frequency of the sine, the paper's omega_0.
+        omega: Frequency of the sine, omega_0 in the paper.
 
     Source:
         "SIREN", `Implicit Neural Representations with Periodic Activation Functions` -
-        https://arxiv.org/abs/2006.09661 (Sitzmann et al., NeurIPS 2020), which has omega_0 = 30.
+        https://arxiv.org/abs/2006.09661 (Sitzmann et al., NeurIPS 2020). The paper uses omega_0 = 30.
     """
 
     def __init__(self, omega: float = 1.0) -> None:

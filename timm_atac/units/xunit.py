@@ -1,10 +1,11 @@
-"""xUnit: a gate from the neighbouring positions of each channel, where ATAC's is from the channels of each position.
+"""xUnit: its gate comes from neighbouring positions of one channel. ATAC's comes from the channels at one position.
 
 Paper: `xUnit: Learning a Spatial Activation Function for Efficient Image Restoration` -
 https://arxiv.org/abs/1711.06445 (Kligvasser, Rott Shaham and Michaeli, CVPR 2018)
 """
 
 from numbers import Integral
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -16,7 +17,7 @@ __all__ = ['Gaussian', 'XUnit']
 
 
 class Gaussian(nn.Module):
-    """`exp(-x^2)`, of any shape: the gate of an xUnit, 1 at 0."""
+    """`exp(-x^2)`, the gate of an xUnit, for inputs of any shape."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.exp(-x.square())
@@ -25,28 +26,29 @@ class Gaussian(nn.Module):
 class XUnit(ChannelModule):
     """Spatial activation: `x * exp(-d^2)` with `d = BN(conv(relu(x)))`, (B, C, H, W) -> (B, C, H, W).
 
-    The convolution is depthwise, so that each channel has a gate of its own that sees the neighbours of a position.
+    The convolution is depthwise. Each channel has its own gate, computed from the neighbours of a position.
 
     Args:
-        channels: Width C of the input. Without it, the unit is completed when it is put into a module, as `ATAC` is.
+        channels: Width C of the input. Without it, the layers are created when the unit is put into a module, as for
+            `ATAC`.
         kernel_size: Height and width of the convolution in positions, odd.
         act_layer: Activation before the convolution, None for none.
         norm_layer: Normalisation after the convolution, None for none.
-        gate_layer: Turns d into the gate, None for none.
+        gate_layer: Activation that turns d into the gate, None for none.
         inplace: Accepted because timm passes it to activations. The input is never changed.
         input_fmt: Layout of the input: 'NCHW' and 'NCL' are (B, C, H, W), 'NHWC' and 'NLC' are (B, H, W, C).
 
     Raises:
-        ValueError: `channels` is not an integer >= 1, `kernel_size` is not an odd one, or `input_fmt` is not one of the
-            four; an input of another width, or of other than four dimensions, which has no rows and columns.
+        ValueError: `channels` is not an integer >= 1, `kernel_size` is not an odd integer >= 1, or `input_fmt` is not
+            one of the four. The input has another width, or does not have four dimensions.
 
     Source:
-        The paper's unit is ReLU, depthwise convolution of 9 x 9 positions and Gaussian. That of "Attention as
-        Activation" is not published; the figure on activation units in its authors' README (https://github.com/YimianDai/open-atac)
-        adds 12 parameters a channel, which are those of a 3 x 3 convolution with bias and of one norm. Their
-        train_cifar.py has 3 x 3 too (`skernel`). In the code of xUnit's authors (https://github.com/kligvasser/xUnit) a
-        norm stands before the ReLU and another after the convolution. The figure does not tell which of them is there;
-        here it is the second, because the host has a norm before the unit already.
+        The paper's unit is ReLU, depthwise convolution of 9 x 9 positions and Gaussian. The unit that "Attention as
+        Activation" compares with is not published. The figure on activation units in its authors' README
+        (https://github.com/YimianDai/open-atac) shows 12 more parameters per channel: those of a 3 x 3 convolution with
+        bias and of one norm. Their train_cifar.py also has 3 x 3 (`skernel`). The code of xUnit's authors
+        (https://github.com/kligvasser/xUnit) has one norm before the ReLU and one after the convolution. The figure
+        does not show which of them remains. Here it is the second, because the network has a norm before the unit.
     """
 
     def __init__(
@@ -69,26 +71,25 @@ class XUnit(ChannelModule):
             or kernel_size % 2 == 0
         ):
             raise ValueError(f'kernel_size={kernel_size!r}: expected an odd integer >= 1.')
-        self.kernel_size = kernel_size
-        self._act_layer = act_layer
-        self._norm_layer = get_norm_layer(norm_layer)
+        self.kernel_size: int = kernel_size
+        self._act_layer: LayerType | None = act_layer
+        self._norm_layer: Any = get_norm_layer(norm_layer) or nn.Identity
         self.gate: nn.Module = create_act_layer(gate_layer) or nn.Identity()
         self.initialize_parameters(channels, device=device, dtype=dtype)
 
     def build(self, channels: int, device=None, dtype=None) -> None:
         dd = {'device': device, 'dtype': dtype}
-        if not isinstance(channels, Integral) or channels < 1:
-            raise ValueError(f'channels={channels!r}: expected an integer >= 1, the width C of the (B, C, H, W) input.')
         self.act: nn.Module = create_act_layer(self._act_layer) or nn.Identity()
         self.conv: nn.Module = nn.Conv2d(
             channels, channels, self.kernel_size, padding=self.kernel_size // 2, groups=channels, **dd
         )
-        self.bn: nn.Module = self._norm_layer(channels, **dd) if self._norm_layer else nn.Identity()
+        self.bn: nn.Module = self._norm_layer(channels, **dd)
         self.act.to(**dd)  # PReLU has a parameter
         for module in self.act.modules():
             if hasattr(module, 'inplace'):
-                module.inplace = False  # its input is the unit's
+                module.inplace = False  # it would change the input of the unit
         self.gate.to(**dd)
+        del self._act_layer, self._norm_layer  # pickle refuses a lambda
 
     def activate(self, x: torch.Tensor) -> torch.Tensor:
         return x * self.gate(self.bn(self.conv(self.act(x))))
@@ -105,5 +106,5 @@ class XUnit(ChannelModule):
         if not isinstance(x, torch.fx.Proxy) and x.ndim != 4:
             raise ValueError(
                 f'XUnit{self.place} got an input of shape {tuple(x.shape)}: expected (B, C, H, W) or (B, H, W, C), '
-                f'since its gates come from neighbouring rows and columns. Use ATAC where positions are one row.'
+                f'because its gates come from neighbouring rows and columns. Use ATAC for other inputs.'
             )

@@ -1,4 +1,4 @@
-"""Whether a unit may run as one operation, because nobody looks at its parts."""
+"""Conditions under which a unit must run its parts one by one, and not as one operation."""
 
 import torch
 import torch.nn as nn
@@ -11,7 +11,7 @@ _GLOBAL_HOOKS = tuple(f'_global_{name}_hooks' for name in ('forward', 'forward_p
 
 
 def must_run_op_by_op(x: torch.Tensor) -> bool:
-    """Whether somebody wants each operation, other than autograd: a compiler, a tracer, a transform, a subclass."""
+    """True under torch.compile, tracing, torch.func, forward-mode AD, tensor subclasses or global hooks."""
     return (
         type(x) not in (torch.Tensor, nn.Parameter)
         or torch.compiler.is_compiling()
@@ -23,6 +23,6 @@ def must_run_op_by_op(x: torch.Tensor) -> bool:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether somebody is to be called when a module runs, or runs something else in its place."""
+    """True if a module has forward or backward hooks, or an instance attribute `forward`."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     return any(hooks) or 'forward' in vars(module)

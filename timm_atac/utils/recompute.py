@@ -1,4 +1,4 @@
-"""Compute again in the backward pass instead of keeping."""
+"""Recompute intermediate values in the backward pass instead of storing them."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,13 +12,14 @@ __all__ = ['recomputed']
 
 
 def recomputed(function: Callable[..., torch.Tensor], x: torch.Tensor, *args: Any) -> torch.Tensor:
-    """`function(x, *args)`, of which the backward pass keeps the arguments only.
+    """Return `function(x, *args)`, and store only the arguments for the backward pass.
+
+    It is an ordinary call without gradients, and where `must_run_op_by_op(x)` is true.
 
     Args:
-        function: Deterministic, and without effects on anything else.
-        x: Its first argument. Where others want each operation (a compiler, a tracer), or no gradients are, it is an
-            ordinary call.
-        *args: The others.
+        function: Deterministic function without side effects.
+        x: First argument.
+        *args: Other arguments.
     """
     if not torch.is_grad_enabled() or must_run_op_by_op(x):
         return function(x, *args)
