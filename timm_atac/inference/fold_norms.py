@@ -8,7 +8,7 @@ import torch
 import torch.nn as nn
 from timm.layers import Conv2dSame
 from timm.layers.norm_act import BatchNormAct2d, FrozenBatchNorm2d, FrozenBatchNormAct2d, SyncBatchNormAct
-from torch.nn.utils import fuse_conv_bn_weights, fuse_linear_bn_weights
+from torch.nn.utils import fuse_conv_bn_weights
 from torch.utils._pytree import tree_iter
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -25,15 +25,6 @@ _NORMS = (
 _METADATA_ONLY = ('__get__', 'dim', 'size', '__len__', 'is_contiguous', 'stride', '__hash__')
 
 
-def _is_layer(module: nn.Module) -> bool:
-    return type(module) in _LAYERS and not has_hooks(module)
-
-
-def _is_norm(module: Any) -> bool:
-    has_statistics = type(module) in _NORMS and module.running_mean is not None
-    return has_statistics and not has_hooks(module)
-
-
 @torch.no_grad()
 def fold(layer: Any, norm: Any) -> None:
     """Change a layer so that it computes `norm(layer(x))` with the running statistics, and remove the norm's part.
@@ -46,11 +37,9 @@ def fold(layer: Any, norm: Any) -> None:
         norm: BatchNorm, which becomes an `nn.Identity`. A norm of timm that has an activation becomes an
             `nn.Sequential` of its `drop` and `act`.
     """
-    scale = torch.ones_like(norm.running_var) if norm.weight is None else norm.weight
-    shift = torch.zeros_like(norm.running_mean) if norm.bias is None else norm.bias
-    values = (layer.weight, layer.bias, norm.running_mean, norm.running_var, norm.eps, scale, shift)
+    values = (layer.weight, layer.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias)
     exact: Any = [v.detach().cpu().double() if isinstance(v, torch.Tensor) else v for v in values]
-    weight, bias = (fuse_linear_bn_weights if isinstance(layer, nn.Linear) else fuse_conv_bn_weights)(*exact)
+    weight, bias = fuse_conv_bn_weights(*exact)  # right for a linear layer too, and the norm may have no weight
     reference, requires_grad = layer.weight, layer.weight.requires_grad
     layer.weight = nn.Parameter(torch.empty_like(reference).copy_(weight), requires_grad=requires_grad)
     layer.bias = nn.Parameter(reference.new_empty(len(bias)).copy_(bias), requires_grad=requires_grad)
@@ -72,9 +61,10 @@ class Adjacency(ForwardObserver):
     def __init__(self, original_of: Mapping[nn.Module, nn.Module]) -> None:
         super().__init__()
         self._original_of = original_of
-        # the observer's own hooks are not yet registered
-        self._layers = {module for module, original in original_of.items() if _is_layer(original)}
-        self._norms = {module for module, original in original_of.items() if _is_norm(original)}
+        # the hooks of this observer itself are not yet registered
+        without_hooks = {module: original for module, original in original_of.items() if not has_hooks(original)}
+        self._layers = {module for module in without_hooks if type(module) in _LAYERS}
+        self._norms = {m for m in without_hooks if type(m) in _NORMS and m.running_mean is not None}
         self._owners: dict[int, set[nn.Module]] = defaultdict(set)  # by the id of a parameter or buffer
         for module in original_of:
             for tensor in (*module._parameters.values(), *module._buffers.values()):

@@ -171,12 +171,12 @@ def fuse(model: nn.Module, *, example_input: Any = None, kernel: bool | None = N
     """
     check_choice('fuse: kernel', kernel)
     fused = copy.deepcopy(_unwrap(model)).eval()
+    module: Any
     for module in list(fused.modules()):
         # timm's `reparameterize_model` also calls `fuse()`, which returns float32 layers of others, and ignores hooks
         by_timm = type(module).__module__.startswith('timm.') and hasattr(module, 'reparameterize')
         if by_timm and not any(has_hooks(part) for part in module.modules()):
-            block: Any = module
-            block.reparameterize()
+            module.reparameterize()
     observer, output, _ = observe_forward(fused, example_inputs(fused, example_input), Adjacency)
     pairs = observer.pairs(output)
     for layer, norm in pairs:
@@ -201,14 +201,13 @@ def _is_unmodified_unit(unit: ATAC) -> bool:
     return type(unit) in (ATAC, ATACMe, LocalSE) and not changed and not has_hooks(unit)
 
 
-def _unwrap(model: nn.Module) -> nn.Module:
+def _unwrap(model: Any) -> nn.Module:
     """Return the model inside compiled modules and known wrappers.
 
     timm's `unwrap_model` takes any module's `module` for the model, also that of a model that computes more with it.
     """
     while isinstance(model, _WRAPPERS) or hasattr(model, '_orig_mod'):  # `_orig_mod`: torch.compile's
-        inside: Any = model._orig_mod if hasattr(model, '_orig_mod') else model.module
-        model = inside
+        model = model._orig_mod if hasattr(model, '_orig_mod') else model.module
     return model
 
 

@@ -172,12 +172,14 @@ class Edits:
                     created, input_fmt = self._create_units(calls, caller.training, several=False)
                     ((channels, unit),) = created.items()
                     _copy_hooks(calls[0].activation, unit)
-                    descriptions[unit] = (site.description, channels, input_fmt, len(invocations))
+                    descriptions[unit] = (_describe(site.activation), channels, input_fmt, len(invocations))
                 units.append(unit)
             cls, children = rewrite(caller, graph, sites, units, constants)
         except NotReplaceable as error:
             functions = {call.activation: None for i in invocations for call in i.calls if id(call) in selected}
-            self.kept += [(_join(name, f'{f}()'), f'a function, and {error}') for f in functions if isinstance(f, str)]
+            self.kept += [
+                (_join(name, _describe(f)), f'a function, and {error}') for f in functions if isinstance(f, str)
+            ]
             return
         self._classes.append((caller, cls))
         for child, unit in children.items():
@@ -213,7 +215,7 @@ class Edits:
                 for channels, unit in units.items():
                     full_name = name if len(units) == 1 else f'{name}.units.{channels}'
                     places = sum(_width(call)[0] == channels for call in own_calls)
-                    self.replaced[unit] = Replaced(full_name, type(activation).__name__, channels, input_fmt, places)
+                    self.replaced[unit] = Replaced(full_name, _describe(activation), channels, input_fmt, places)
             self._children.append((parent, child, new_modules[key]))
 
     def _create_units(self, calls: list[Call], training: bool, several: bool) -> tuple[dict[int, nn.Module], str]:
@@ -243,17 +245,21 @@ def _copy_hooks(activation: nn.Module | str, unit: nn.Module) -> None:
 
 def _needs_rewriting(invocations: list[Invocation], selected: Collection[int]) -> bool:
     """True if one run of a forward calls a selected activation several times, or a selected function."""
-    for invocation in invocations:
-        counts = Counter(call.activation for call in invocation.calls if id(call) in selected)
-        if any(count > 1 or isinstance(activation, str) for activation, count in counts.items()):
-            return True
-    return False
+    return any(
+        count > 1 or isinstance(activation, str)
+        for invocation in invocations
+        for activation, count in Counter(call.activation for call in invocation.calls if id(call) in selected).items()
+    )
 
 
 def _width(call: Call) -> tuple[int, str]:
     if call.width is None:
         raise NotReplaceable(f'it is unknown which dimension of its input {call.shape} has the channels')
     return call.width
+
+
+def _describe(activation: nn.Module | str) -> str:
+    return f'{activation}()' if isinstance(activation, str) else type(activation).__name__
 
 
 def _join(*names: str) -> str:

@@ -32,8 +32,12 @@ class Site:
     """A node of a graph that calls an activation."""
 
     node: fx.Node
-    name: str  # path of the module, or name of the function
-    description: str  # type of the module, or the function with '()'
+    activation: nn.Module | str  # the module, or the name of the function
+
+    @property
+    def name(self) -> str:
+        """The path of the module, or the name of the function."""
+        return self.activation if isinstance(self.activation, str) else str(self.node.target)
 
 
 class _Tracer(fx.Tracer):
@@ -68,7 +72,6 @@ def find_sites(module: nn.Module, invocation: Invocation) -> tuple[fx.Graph, lis
 
     graph = graphs[1]
     called = [call.activation for call in invocation.calls]
-    found: list[nn.Module | str] = []
     sites: list[Site] = []
     for node in graph.nodes:
         activation: Any = None
@@ -77,13 +80,9 @@ def find_sites(module: nn.Module, invocation: Invocation) -> tuple[fx.Graph, lis
         elif node.op in ('call_function', 'call_method'):
             function = getattr(torch.Tensor, node.target, None) if node.op == 'call_method' else node.target
             activation = FUNCTIONS.get(function) if callable(function) else None
-        if isinstance(activation, str):
-            sites.append(Site(node, activation, f'{activation}()'))
-            found.append(activation)
-        elif activation is not None and activation in called:
-            sites.append(Site(node, node.target, type(activation).__name__))
-            found.append(activation)
-    if found != called:
+        if isinstance(activation, str) or activation in called:
+            sites.append(Site(node, activation))
+    if [site.activation for site in sites] != called:
         raise NotReplaceable('its graph does not call the activations that its forward pass called')
     if any(not site.node.users for site in sites):
         raise NotReplaceable('it calls an activation for its effect on the input')

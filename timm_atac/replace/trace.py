@@ -88,9 +88,8 @@ class Trace:
     on_meta: bool
 
     def calls(self) -> Iterator[tuple[Invocation, Call]]:
-        for invocation in self.invocations:
-            for call in invocation.calls:
-                yield invocation, call
+        """All calls of activations, each with the invocation that it is part of."""
+        return ((invocation, call) for invocation in self.invocations for call in invocation.calls)
 
 
 def is_activation(module: nn.Module) -> bool:

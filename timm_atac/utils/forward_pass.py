@@ -166,12 +166,12 @@ def _run(model: nn.Module, inputs: tuple, observer: ForwardObserver) -> Any:
     with ExitStack() as stack:
         stack.enter_context(evaluation_mode(model))
         stack.enter_context(torch.no_grad())
-        for module in model.modules():
-            stack.callback(module.register_forward_pre_hook(before, with_kwargs=True, prepend=True).remove)
-            stack.callback(module.register_forward_hook(after).remove)
-        stack.enter_context(observer)
         try:
-            output = model(*inputs)
+            for module in model.modules():  # an exception for a ScriptModule, which cannot have hooks
+                stack.callback(module.register_forward_pre_hook(before, with_kwargs=True, prepend=True).remove)
+                stack.callback(module.register_forward_hook(after).remove)
+            with observer:
+                output = model(*inputs)
         except Exception as error:
             if observer.error is None:
                 shapes = tree_map_only(torch.Tensor, lambda t: tuple(t.shape), inputs)
