@@ -161,7 +161,9 @@ def rewrite(
         site.node.replace_all_uses_with(call)
         graph.erase_node(site.node)
     code = graph.python_code('self')
-    return _with_forward(type(module), code.src, code.globals, constants), children
+    modules = {k: v.__name__ for k, v in code.globals.items() if isinstance(v, ModuleType)}
+    others = {k: v for k, v in code.globals.items() if k not in modules}
+    return _with_forward(type(module), code.src, modules, others, constants), children
 
 
 def _free_name(module: nn.Module, site: Site, taken: set[str]) -> str:
@@ -173,23 +175,24 @@ def _free_name(module: nn.Module, site: Site, taken: set[str]) -> str:
 
 
 def _with_forward(
-    base: type[nn.Module], source: str, names: dict[str, Any], constants: frozenset[str]
+    base: type[nn.Module], source: str, modules: dict[str, str], others: dict[str, Any], constants: frozenset[str]
 ) -> type[nn.Module]:
     """Return a subclass of `base` with another forward, the same class for the same arguments.
 
     Args:
         base: A class of modules.
         source: The code of the forward.
-        names: The globals of the code.
+        modules: The Python modules among the globals of the code, by name, because modules cannot be pickled.
+        others: The other globals of the code.
         constants: Attributes that cannot be set to another value.
     """
-    globals_key = tuple(sorted((k, repr(v) if isinstance(v, float) else id(v)) for k, v in names.items()))
-    key = (base, source, globals_key, constants)
+    globals_key = tuple(sorted((k, repr(v) if isinstance(v, float) else id(v)) for k, v in others.items()))
+    key = (base, source, tuple(sorted(modules.items())), globals_key, constants)
     if key in _classes:
         return _classes[key]
     filename = f'<{base.__qualname__} with its own units {len(_classes)}>'
     linecache.cache[filename] = (len(source), None, source.splitlines(True), filename)  # for tracebacks and TorchScript
-    namespace = dict(names)
+    namespace = {**others, **{k: import_module(v) for k, v in modules.items()}}
     exec(compile(source, filename, 'exec'), namespace)
 
     def set_attribute(self: nn.Module, name: str, value: Any) -> None:
@@ -208,24 +211,18 @@ def _with_forward(
         '__module__': base.__module__,
         '__qualname__': base.__qualname__,
         '__doc__': base.__doc__,
-        '_made_of': (base, source, names, constants),
+        '_made_of': (base, source, modules, others, constants),
     }
     return _classes.setdefault(key, type(base.__name__, (base,), attributes))
 
 
 def _reduce(self: Any, protocol: Any) -> tuple:
     """Copy or pickle a module. Its class is created again, because no Python module has it as an attribute."""
-    base, source, names, constants = type(self)._made_of
-    modules = {k: v.__name__ for k, v in names.items() if isinstance(v, ModuleType)}
-    others = {k: v for k, v in names.items() if k not in modules}
-    return _recreate, (base, source, modules, others, constants), self.__getstate__()
+    return _recreate, type(self)._made_of, self.__getstate__()
 
 
-def _recreate(
-    base: type[nn.Module], source: str, modules: dict[str, str], others: dict[str, Any], constants: frozenset[str]
-) -> nn.Module:
-    names = {**others, **{k: import_module(v) for k, v in modules.items()}}
-    cls = _with_forward(base, source, names, constants)
+def _recreate(*made_of: Any) -> nn.Module:
+    cls = _with_forward(*made_of)
     return cls.__new__(cls)
 
 
