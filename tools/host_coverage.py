@@ -25,6 +25,7 @@ from timm_tests import OUR_MODULES
 from timm_atac import ATAC, NiN, SEActivation, replace_activations
 from timm_atac.replace.trace import is_activation, trace
 from timm_atac.units.deferred import ChannelModule
+from timm_atac.utils.forward_pass import ForwardError
 
 PAGE = Path(__file__).parent.parent / 'docs' / 'coverage.md'
 BATCH = 4  # SE modules pool to one value a channel, and a BatchNorm of two values has no gradient to speak of
@@ -309,7 +310,9 @@ def features(name: str, make: Make) -> str:
         return reason(error)
 
 
-def reason(error: Exception) -> str:
+def reason(error: BaseException) -> str:
+    if isinstance(error, ForwardError) and error.__cause__ is not None:
+        error = error.__cause__  # what the model raised itself
     text = str(error) if isinstance(error, Failure) else f'{type(error).__name__}: {error}'
     return re.sub(r'\s+', ' ', text).replace('|', '/')
 

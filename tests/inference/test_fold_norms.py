@@ -1,7 +1,9 @@
 """Which norms go into which layers, and that the layers then compute the same."""
 
 import copy
-from typing import Any
+import sys
+import weakref
+from typing import Any, ClassVar
 
 import pytest
 import timm
@@ -67,6 +69,74 @@ def test_only_what_is_next_to_each_other(folds, run) -> None:
     fused = fuse(model, example_input=x)
     assert isinstance(fused.bn, nn.Identity) == bool(folds)
     torch.testing.assert_close(fused(x), model(x), rtol=1e-12, atol=1e-12)
+
+
+KEPT: list[Any] = []
+
+
+@pytest.mark.parametrize(
+    'keep',
+    [
+        lambda h: h,
+        lambda h: {'output': [h]},
+        lambda h: lambda: h,
+        lambda h: h[:, :1],
+        lambda h: h.view(-1),
+        lambda h: h.detach(),
+        lambda h: h.data,
+        lambda h: h.mT,
+        lambda h: h.untyped_storage(),
+        lambda h: h.numpy(),
+        lambda h: torch.futures.Future().set_result(h) or h,
+        torch.utils.dlpack.to_dlpack,
+    ],
+)
+@pytest.mark.parametrize('by_value', [False, True])
+@pytest.mark.parametrize('references', [0, 1])
+def test_a_kept_output_is_not_normalized(monkeypatch, keep, by_value, references) -> None:
+    """Python 3.14 counts fewer references to an object, because it borrows them."""
+    monkeypatch.setattr(sys, 'getrefcount', lambda value, count=sys.getrefcount: count(value) - 1 - references)
+    monkeypatch.setattr(sys.modules[__name__], 'KEPT', [])
+
+    def run(net: Any, x: torch.Tensor) -> torch.Tensor:
+        h = net.conv(x)
+        KEPT.append(keep(h))
+        return net.bn(h) * (x.sum().item() if by_value else 1)
+
+    model = lived_in(Net(run))
+    fused = fuse(model, example_input=images(model))
+    assert isinstance(fused.bn, nn.BatchNorm2d)
+
+
+class CountLive(nn.Module):
+    """Keeps weak references to its inputs and counts how many of them are alive."""
+
+    inputs: ClassVar[list[weakref.ref]] = []
+    most: ClassVar[int] = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.inputs.append(weakref.ref(x))
+        CountLive.most = max(self.most, sum(value() is not None for value in self.inputs))
+        return x
+
+
+class NeedsValues(nn.Sequential):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * x.sum().item()
+
+
+def test_outputs_are_not_kept_alive(monkeypatch) -> None:
+    """A pass on the device of the model needs the memory of one feature map after the other, not of all."""
+    monkeypatch.setattr(CountLive, 'inputs', [])
+    monkeypatch.setattr(CountLive, 'most', 0)
+    stages = [nn.Sequential(nn.Conv2d(3, 3, 1), CountLive(), nn.BatchNorm2d(3)) for _ in range(8)]
+    model = lived_in(NeedsValues(*stages))
+    CountLive.inputs.clear()
+    CountLive.most = 0
+    fused = fuse(model, example_input=images(model))
+    assert not norms(fused)
+    assert len(CountLive.inputs) == 2 * len(stages)  # on meta and on the device
+    assert CountLive.most <= 2
 
 
 def _hooked(net: Any) -> None:

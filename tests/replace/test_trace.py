@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 
 from timm_atac.replace.trace import trace
 
@@ -66,3 +67,13 @@ def test_the_next_layer_tells_where_the_last_cannot() -> None:
         return m.layers[1](m.act((q @ q.mT @ q).transpose(1, 2).reshape(2, 5, 6)))
 
     assert width(forward, nn.Linear(8, 6), nn.Linear(6, 4), x=torch.randn(2, 5, 8)) == (6, 'NLC')
+
+
+@pytest.mark.parametrize('function', ['conv2d', 'relu'])
+def test_inputs_by_keyword(function) -> None:
+    def forward(m, x):
+        conv = m.layers[0]
+        x = F.conv2d(input=x, weight=conv.weight) if function == 'conv2d' else conv(x)
+        return F.relu(input=x) if function == 'relu' else m.act(x)
+
+    assert width(forward, nn.Conv2d(3, 8, 1)) == (8, 'NCHW')

@@ -1,7 +1,7 @@
 """The gates of a model's modules in one forward pass, taken with hooks."""
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from ..inference.fuse import FusedATAC
 from ..units.atac import ATAC
 from ..units.infer_width import width_at
 from ..units.xunit import XUnit
+from ..utils.forward_pass import evaluation_mode
 from .gate import UNITS, channels_first, has_gate, hooks_are_heard, in_layout, unknown_gate
 from .gate import gate as gate_of
 
@@ -78,7 +79,8 @@ def maps_and_ends(
     like = next((t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()), x)
     taken = _Taken()
     with ExitStack() as stack:
-        stack.enter_context(_inference(model))
+        stack.enter_context(evaluation_mode(model))
+        stack.enter_context(torch.no_grad())  # the tensors of inference_mode are of no use in a cache
         stack.enter_context(hooks_are_heard())
         for name, module in modules.items():
             handles = taken.watch_unit(name, module) if types is None else taken.watch(name, module, model)
@@ -180,27 +182,3 @@ def _layout(module: nn.Module, shape: torch.Size, parent: nn.Module | None, own:
         return module.input_fmt
     width = width_at(parent, own) if parent is not None else None
     return width.likely_fmt if width is not None and width.channels == shape[-1] else 'NCHW'
-
-
-@contextmanager
-def _inference(model: nn.Module) -> Iterator[None]:
-    """Every module as in `eval()`, no gradients; then modes and buffers as before.
-
-    Not `inference_mode`, whose tensors would stay in the cache of a host that has one and be of no use in training.
-    """
-    modes = {module: module.training for module in model.modules()}
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    try:
-        for module in modes:
-            module.training = False
-        with torch.no_grad():
-            yield
-    finally:
-        if modes[model]:
-            model.train()  # timm's LeViT and others forget here what they have cached
-        for module, training in modes.items():
-            module.training = training
-        with torch.no_grad():
-            for buffer, value in buffers:
-                if not torch.equal(buffer, value):
-                    buffer.copy_(value)

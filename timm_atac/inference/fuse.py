@@ -1,8 +1,7 @@
-"""A model made for inference: norms folded into convolutions, and ATAC without its norms."""
+"""Makes a copy of a model for inference: norms are folded into convolutions, and ATAC units run without norms."""
 
 import copy
 import logging
-from collections.abc import Mapping
 from typing import Any, NoReturn
 
 import torch
@@ -19,7 +18,7 @@ from ..units.atac import ATAC, LocalSE
 from ..units.deferred import ChannelModule
 from ..units.memory_efficient import ATACMe
 from ..utils.autocast import autocast_dtype, cast, without_autocast
-from ..utils.forward_pass import example_inputs, observe_forward, shapes
+from ..utils.forward_pass import example_inputs, observe_forward
 from ..utils.op_by_op import has_hooks, must_run_op_by_op
 from .fold_norms import Adjacency, fold
 
@@ -30,17 +29,16 @@ _WRAPPERS = (nn.DataParallel, DistributedDataParallel, AveragedModel, ModelEmaV2
 
 
 class FusedATAC(ChannelModule):
-    """An `ATAC` of inference: `x * sigmoid(conv2(relu(conv1(x))))`, where the convolutions have the norms in them.
+    """An `ATAC` for inference: `x * sigmoid(conv2(relu(conv1(x))))`, (B, C, H, W) -> (B, C, H, W).
 
-    One kernel on a GPU, where that is wanted and can be (`timm_atac.use_kernels`). Else, where nothing has to be kept
-    for a backward pass, each value is overwritten as soon as the next is known.
+    The convolutions contain the norms. A unit runs as one Triton kernel if `kernel` and its input allow that. Without
+    gradients, it else computes in place, so that it needs memory for fewer feature maps.
 
     Args:
-        unit: Whose parts it takes, with norms that are folded, or are still there.
-        kernel: Whether it is one kernel; None is what the process wants.
+        unit: Its layers are used, not copied. A norm that could not be folded stays and is computed.
+        kernel: True runs one Triton kernel where that is possible, False never. None does what
+            `timm_atac.use_kernels` says.
     """
-
-    kernel: bool | None = None  # also of what was pickled before there was one
 
     def __init__(self, unit: ATAC, kernel: bool | None = None) -> None:
         super().__init__(unit.input_fmt)
@@ -73,14 +71,18 @@ class FusedATAC(ChannelModule):
     @torch.jit.unused
     def _fits_kernel(self, x: torch.Tensor) -> bool:
         if torch.compiler.is_compiling():
-            is_seen = torch.onnx.is_in_onnx_export() or torch._C._are_functorch_transforms_active()
-            runs = x.device.type == 'cuda' or can_run(x.device)  # the operation itself asks what GPU it is
+            op_by_op = torch.onnx.is_in_onnx_export() or torch._C._are_functorch_transforms_active()
+            runs = x.device.type == 'cuda' or can_run(x.device)  # the operator checks the type of GPU when it runs
         else:
-            is_seen = must_run_op_by_op(x)
-            runs = not is_seen and can_run(x.device)
-        if is_seen or not runs or not self._is_standard() or layout(x) is None:
-            return False
-        if self.conv1.out_channels > MOST_HIDDEN:
+            op_by_op = must_run_op_by_op(x)
+            runs = not op_by_op and can_run(x.device)
+        if (
+            not runs
+            or op_by_op
+            or not self._is_standard()
+            or layout(x) is None
+            or self.conv1.out_channels > MOST_HIDDEN
+        ):
             return False
         cast_to = autocast_dtype(x)
         dtype = self.conv1.weight.dtype if cast_to is None else cast_to
@@ -88,7 +90,7 @@ class FusedATAC(ChannelModule):
 
     @torch.jit.unused
     def _activate_by_kernel(self, x: torch.Tensor) -> torch.Tensor:
-        from ..kernels import atac  # loads Triton, and registers the operation
+        from ..kernels import atac  # this import loads Triton and registers the operator
 
         dtype = autocast_dtype(x)
         convs: tuple[Any, Any] = (self.conv1, self.conv2)
@@ -99,7 +101,9 @@ class FusedATAC(ChannelModule):
     def _activate_in_place(self, x: torch.Tensor) -> torch.Tensor:
         dtype = autocast_dtype(x)
         with without_autocast(x.device):
-            if x.is_contiguous(memory_format=torch.channels_last):  # rows of channels: products of matrices
+            if x.is_contiguous(
+                memory_format=torch.channels_last
+            ):  # a view as rows of channels: the convolutions are matrix products
                 rows = x.permute(0, 2, 3, 1).flatten(0, 2)
                 y = _product(rows, self.conv1, dtype, relu=True)
                 y = _product(y, self.conv2, dtype).view(x.shape[0], *x.shape[2:], x.shape[1]).permute(0, 3, 1, 2)
@@ -112,14 +116,18 @@ class FusedATAC(ChannelModule):
         if not self._is_standard():
             return super().extra_repr()
         weight = self.conv1.weight
-        wanted = is_wanted('atac', weight.device, self.channels, self.kernel)
-        fits = wanted and weight.dtype in DTYPES and weight.shape[0] <= MOST_HIDDEN
-        fits = fits and type(weight.data) is torch.Tensor and can_run(weight.device)
+        fits = (
+            is_wanted('atac', weight.device, self.channels, self.kernel)
+            and weight.dtype in DTYPES
+            and weight.shape[0] <= MOST_HIDDEN
+            and type(weight.data) is torch.Tensor
+            and can_run(weight.device)
+        )
         return f'{super().extra_repr()}, {"one kernel" if fits else "two products"} on {weight.device.type}'
 
 
 def _product(rows: torch.Tensor, conv: Any, dtype: torch.dtype | None, relu: bool = False) -> torch.Tensor:
-    """A 1x1 convolution of (N, C), with bias and ReLU in the product's own pass where the device can do that."""
+    """Compute a 1x1 convolution of rows (N, C), on a CPU or GPU with bias and ReLU in the same operation."""
     rows, weight, bias = cast(rows, dtype), cast(conv.weight.flatten(1), dtype), cast(conv.bias, dtype)
     if relu and rows.device.type in ('cpu', 'cuda'):
         return torch._addmm_activation(bias, rows, weight.t())
@@ -133,97 +141,86 @@ def _convolution(x: torch.Tensor, conv: Any, dtype: torch.dtype | None) -> torch
 
 @torch.no_grad()
 def fuse(model: nn.Module, *, example_input: Any = None, kernel: bool | None = None) -> nn.Module:
-    """Make a model for inference of another one: the same function in fewer operations.
+    """Return a copy of a model for inference, which computes the same function in fewer operations.
 
-    BatchNorms go into the convolutions and linear layers before them, as a forward pass shows them (on the `meta`
-    device where the model can do that); blocks that timm can reparameterize are; each `ATAC` becomes a `FusedATAC`. The
-    rest stays as it is: norms behind something else, several norms behind one layer, what has hooks, other norms. What
-    a model would do for other inputs than `example_input`, on another way through its code, is not seen.
+    A forward pass shows which BatchNorm follows which layer; it runs on the `meta` device if the model can. Then:
+
+    * BatchNorms are folded into the convolutions and linear layers before them.
+    * Blocks that timm can reparameterize are reparameterized.
+    * Each `ATAC` becomes a `FusedATAC`.
+
+    Other norms stay: behind another operation, behind a layer whose output is used twice, with hooks, or of other
+    types. The copy is only right for inputs that take the same way through the code of the model as `example_input`.
 
     Args:
-        model: Any model, on any device; unchanged. Of one that is compiled, or wrapped for parallel training or
-            averaging, what is inside.
-        example_input: What the model takes: a tensor, or a tuple of positional arguments. None is a batch of two
+        model: Any model, on any device. It is not changed. Of a compiled model, or of a wrapper for parallel training
+            or for averaged weights, the model inside is copied.
+        example_input: The input of the model: a tensor, or a tuple of positional arguments. None is a batch of two
             images of the size for which timm has created the model, or (2, 3, 224, 224).
-        kernel: Whether its units are one Triton kernel each where they can be: on a GPU, in float16, bfloat16 or
-            float32, of inputs that lie densely in memory, channels last or first. None is what the process wants
-            (`timm_atac.use_kernels`); printed, each unit tells what it is on the device where its weights are.
+        kernel: True runs each unit as one Triton kernel where that is possible: on a GPU, in float16, bfloat16 or
+            float32, for dense inputs in channels-last or contiguous memory format. False never does. None does what
+            `timm_atac.use_kernels` says. `print(model)` shows which form each unit has on the device of its weights.
 
     Returns:
-        A copy in `eval()`, equal to the model within rounding. It has no state dict: save the model it was made of.
+        The copy, in `eval()`. Its outputs equal the model's up to rounding. It has no state dict: save the state dict
+        of `model`.
 
     Raises:
-        ValueError: The model does not take `example_input`, or `kernel` is none of True, False, None.
+        ValueError: The model does not run on `example_input`, or `kernel` is not True, False or None.
         ImportError: `kernel=True`, and Triton is not installed, does not load, or PyTorch is older than 2.7.
     """
     check_choice('fuse: kernel', kernel)
-    fused = copy.deepcopy(_unwrapped(model)).eval()
-    for module in list(fused.modules()):  # what has branches, such as RepVGG's block, makes one convolution of them
+    fused = copy.deepcopy(_unwrap(model)).eval()
+    module: Any
+    for module in list(fused.modules()):
+        # timm's `reparameterize_model` also calls `fuse()`, which returns float32 layers of others, and ignores hooks
         by_timm = type(module).__module__.startswith('timm.') and hasattr(module, 'reparameterize')
         if by_timm and not any(has_hooks(part) for part in module.modules()):
-            block: Any = module
-            block.reparameterize()
-    inputs = example_inputs(fused, example_input)
-    try:
-        watcher, output, _ = observe_forward(fused, inputs, Adjacency)
-    except Exception as error:
-        raise ValueError(
-            f'{type(model).__name__} does not run on {shapes(inputs)}: {type(error).__name__}: {error} '
-            f'Give an example_input that it takes, a tensor or a tuple of positional arguments.'
-        ) from error
-
-    pairs = watcher.pairs(output)
+            module.reparameterize()
+    observer, output, _ = observe_forward(fused, example_inputs(fused, example_input), Adjacency)
+    pairs = observer.pairs(output)
     for layer, norm in pairs:
         fold(layer, norm)
-    units: dict[nn.Module, nn.Module] = {}
-    for module in fused.modules():
-        if isinstance(module, ATAC) and _is_one_of_ours(module):
-            units[module] = FusedATAC(module, kernel)
+    units = 0
+    for module in list(fused.modules()):
+        if isinstance(module, ATAC) and _is_unmodified_unit(module):
+            module.__dict__ = vars(FusedATAC(module, kernel).eval())
+            module.__class__ = FusedATAC  # type: ignore[assignment]
+            units += 1
         elif isinstance(module, FusedATAC) and kernel is not None:
             module.kernel = kernel
-    fused = _replace(fused, units).eval()
-    for module in fused.modules():
         module.register_state_dict_pre_hook(_refuse_to_save)
         module.register_load_state_dict_pre_hook(_refuse_to_load)
-    _logger.info('%s: %d norms folded, %d units', type(fused).__name__, len(pairs), len(units))
+    _logger.info('%s: %d norms folded, %d units fused', type(fused).__name__, len(pairs), units)
     return fused
 
 
-def _is_one_of_ours(unit: ATAC) -> bool:
-    """Whether a unit computes what it is said to, and nobody looks on."""
+def _is_unmodified_unit(unit: ATAC) -> bool:
+    """True for exactly our classes with the formula of `FusedATAC`, without hooks or methods set on the instance."""
     changed = {'activate', 'bottleneck'} & vars(unit).keys()
     return type(unit) in (ATAC, ATACMe, LocalSE) and not changed and not has_hooks(unit)
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
-    while isinstance(model, _WRAPPERS) or type(model).__name__ == 'OptimizedModule':
-        inside: Any = model._orig_mod if hasattr(model, '_orig_mod') else model.module
-        model = inside
+def _unwrap(model: Any) -> nn.Module:
+    """Return the model inside compiled modules and known wrappers.
+
+    timm's `unwrap_model` takes any module's `module` for the model, also that of a model that computes more with it.
+    """
+    while isinstance(model, _WRAPPERS) or hasattr(model, '_orig_mod'):  # `_orig_mod`: torch.compile's
+        model = model._orig_mod if hasattr(model, '_orig_mod') else model.module
     return model
 
 
-def _replace(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> nn.Module:
-    """Put modules in place of others, under all their names."""
-    for module in list(model.modules()):
-        for name, child in module._modules.items():
-            if child is not None and child in new:
-                module._modules[name] = new[child]
-    return new.get(model, model)
-
-
-_WAY_OUT = 'the model that it was made of has the weights, in the layout that everything else reads'
-
-
 def _refuse_to_save(module: nn.Module, prefix: str, keep_vars: bool) -> None:
-    if not keep_vars:  # torch.export asks for the parameters themselves
+    if not keep_vars:  # torch.export sets keep_vars, because it needs the parameters themselves
         raise RuntimeError(
-            f'{type(module).__name__} is fused for inference and has no state dict of its own: save '
-            f'model.state_dict() of before timm_atac.fuse(model); {_WAY_OUT}.'
+            f'{type(module).__name__} is fused for inference and has no state dict: save model.state_dict() of the '
+            f'model that was given to timm_atac.fuse(model).'
         )
 
 
 def _refuse_to_load(module: nn.Module, *args: Any) -> NoReturn:
     raise RuntimeError(
-        f'{type(module).__name__} is fused for inference and loads no state dict: load it into the model before '
-        f'timm_atac.fuse(model); {_WAY_OUT}.'
+        f'{type(module).__name__} is fused for inference and loads no state dict: load it into the model that is given '
+        f'to timm_atac.fuse(model).'
     )

@@ -1,3 +1,3 @@
-"""Puts units in place of a finished model's activations."""
+"""Replaces the activations of a finished model by units."""
 
 import timm.models  # noqa: F401  registers us with timm, see _autoload.py

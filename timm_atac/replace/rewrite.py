@@ -1,4 +1,4 @@
-"""One module's forward as a graph, with a unit of its own at each place where it calls an activation (torch.fx)."""
+"""Rewrites a module's forward so that each place where it calls an activation calls a unit of its own (torch.fx)."""
 
 import ast
 import copy
@@ -20,103 +20,108 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from .trace import FUNCTIONS, Invocation
 
-__all__ = ['Site', 'Untraceable', 'called_for_effect', 'rewrite', 'sites_of']
+__all__ = ['NotReplaceable', 'Site', 'find_sites', 'result_is_discarded', 'rewrite']
 
 
-class Untraceable(Exception):
-    """A module's forward that has no one graph, and why."""
+class NotReplaceable(Exception):
+    """Says why an activation cannot be replaced."""
 
 
 @dataclass
 class Site:
-    """A place in a graph that calls an activation."""
+    """A node of a graph that calls an activation."""
 
     node: fx.Node
-    name: str  # of the activation: path of the module, or name of the function
-    was: str  # type of the module, or the function
+    activation: nn.Module | str  # the module, or the name of the function
+
+    @property
+    def name(self) -> str:
+        """The path of the module, or the name of the function."""
+        return self.activation if isinstance(self.activation, str) else str(self.node.target)
 
 
 class _Tracer(fx.Tracer):
-    """Traces one module's own forward; what it calls stays whole."""
+    """Traces the forward of one module and records each call of a child as one node."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
 
 
-def sites_of(module: nn.Module, invocation: Invocation) -> tuple[fx.Graph, list[Site], frozenset[str]]:
-    """Trace `module.forward` as it was invoked, and find the activations that the invocation called.
+def find_sites(module: nn.Module, invocation: Invocation) -> tuple[fx.Graph, list[Site], frozenset[str]]:
+    """Trace `module.forward` with the arguments of an invocation, and find the activations that it called.
 
     Returns:
-        The graph, its sites, and the attributes whose values have become part of it.
+        The graph, its sites, and the attributes whose values have become constants of the graph.
 
     Raises:
-        Untraceable: The forward pass branches on values, differs between training and inference, changes its module,
+        NotReplaceable: The forward pass branches on values, differs between training and inference, changes its module,
             draws random numbers, or the graph does not call what the invocation called.
     """
     if isinstance(module, fx.GraphModule):
-        raise Untraceable('it is a graph already, which would be made again from what it was')
+        raise NotReplaceable('it is a graph already, and torch.fx would make its forward again from that graph')
     if 'forward' in vars(module):
-        raise Untraceable('its forward is an attribute of its own')
+        raise NotReplaceable('its forward is an attribute of the instance')
     if is_parametrized(module):
-        raise Untraceable('it has parametrizations')
+        raise NotReplaceable('it has parametrizations')
     if any(name.startswith('forward_') for name in dir(type(module))):
-        raise Untraceable('there are other ways through it than its forward')
+        raise NotReplaceable('it has other methods of a forward pass, such as forward_features')
     read: set[str] = set()
     graphs = [_trace(module, invocation, training, read) for training in (True, False)]
     if graphs[0].python_code('self').src != graphs[1].python_code('self').src:
-        raise Untraceable('its forward pass in training is another than in inference')
+        raise NotReplaceable('its forward pass in training differs from inference')
 
     graph = graphs[1]
     called = [call.activation for call in invocation.calls]
-    modules = {a for a in called if isinstance(a, nn.Module)}
-    found: list[tuple[Site, nn.Module | str]] = []
+    sites: list[Site] = []
     for node in graph.nodes:
-        activation: nn.Module | str | None = None
+        activation: Any = None
         if node.op == 'call_module':
             activation = module.get_submodule(node.target)
         elif node.op in ('call_function', 'call_method'):
-            target = getattr(torch.Tensor, node.target, None) if node.op == 'call_method' else node.target
-            activation = FUNCTIONS.get(target) if callable(target) else None
-        if isinstance(activation, str):
-            found.append((Site(node, activation, f'{activation}()'), activation))
-        elif activation in modules:
-            found.append((Site(node, node.target, type(activation).__name__), activation))
-    if [activation for _, activation in found] != called:
-        raise Untraceable('its graph does not call the activations that its forward pass called')
-    if any(not site.node.users for site, _ in found):
-        raise Untraceable('it calls an activation for its effect on the input')
-    return graph, [site for site, _ in found], frozenset(read)
+            function = getattr(torch.Tensor, node.target, None) if node.op == 'call_method' else node.target
+            activation = FUNCTIONS.get(function) if callable(function) else None
+        if isinstance(activation, str) or activation in called:
+            sites.append(Site(node, activation))
+    if [site.activation for site in sites] != called:
+        raise NotReplaceable('its graph does not call the activations that its forward pass called')
+    if any(not site.node.users for site in sites):
+        raise NotReplaceable('it calls an activation for its effect on the input')
+    return graph, sites, frozenset(read)
 
 
 def _trace(module: nn.Module, invocation: Invocation, training: bool, read: set[str]) -> fx.Graph:
-    """One trace, of a shallow copy, which has what the forward pass sets; adds the attributes that it reads."""
+    """Trace a shallow copy of a module, so that the module keeps its attributes. Add the attributes it reads to `read`.
+
+    Raises:
+        NotReplaceable: The forward pass is more than its graph.
+    """
     twin = copy.copy(module)
     vars(twin)['_modules'] = dict(module._modules)
     twin.training = training
     before = dict(vars(twin))
-    twin.__class__ = _recording(type(module), read)
+    twin.__class__ = _recording_class(type(module), read)
     state = random.getstate(), torch.get_rng_state()
     try:
-        graph = _Tracer().trace(twin, concrete_args=_left_out(module, invocation))
+        graph = _Tracer().trace(twin, concrete_args=_omitted_arguments(module, invocation))
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise Untraceable(f'its forward pass cannot be traced ({reason})') from error
+        raise NotReplaceable(f'its forward pass cannot be traced ({reason})') from error
     if random.getstate() != state[0] or not torch.equal(torch.get_rng_state(), state[1]):
-        raise Untraceable('its forward pass draws random numbers')
+        raise NotReplaceable('its forward pass draws random numbers')
     if {k: id(v) for k, v in vars(twin).items()} != {k: id(v) for k, v in before.items()}:
-        raise Untraceable('its forward pass sets attributes, or makes tensors, of its own')
+        raise NotReplaceable('its forward pass sets attributes or creates tensors')
     placeholders = [node for node in graph.nodes if node.op == 'placeholder']
     names = list(inspect.signature(module.forward).parameters)
     if len(placeholders) != len(names) or isinstance(graph._codegen, fx.graph._PyTreeCodeGen):
-        raise Untraceable('its arguments have defaults that a graph cannot have')
+        raise NotReplaceable('its arguments have defaults that a graph cannot have')
     for node, name in zip(placeholders, names, strict=True):
         if not node.target.startswith('*'):
-            node.target = name  # torch.fx gives those with a default another
+            node.target = name  # torch.fx renames arguments that have defaults
     return graph
 
 
-def _recording(base: type[nn.Module], read: set[str]) -> type[nn.Module]:
-    """Subclass that notes which plain attributes of an instance are read: flags and numbers."""
+def _recording_class(base: type[nn.Module], read: set[str]) -> type[nn.Module]:
+    """Return a subclass that adds the plain attributes of an instance to `read` when they are read."""
 
     def get(self: nn.Module, name: str) -> Any:
         value = base.__getattribute__(self, name)
@@ -132,63 +137,70 @@ def rewrite(
     graph: fx.Graph,
     sites: Sequence[Site],
     units: Sequence[nn.Module | None],
-    fixed: frozenset[str],
+    constants: frozenset[str],
 ) -> tuple[type[nn.Module], dict[str, nn.Module]]:
-    """The class and the new children that give `module` a unit of its own at each site.
+    """Return the class and the new children that give `module` a unit of its own at each site.
 
     Args:
-        module: Left as it is; the caller sets `__class__` and children.
-        graph: Of its forward; changed.
-        sites: Where it calls activations.
-        units: What goes to each site, None for what is there.
-        fixed: Attributes whose values are part of the graph: setting another one becomes an error.
+        module: Not changed. The caller of this function sets its `__class__` and its children.
+        graph: The graph of its forward. It is changed.
+        sites: The nodes that call activations.
+        units: The unit for each site, None where the activation stays.
+        constants: Attributes whose values are constants of the graph. Setting another value becomes an error.
     """
     taken = {site.name for site, unit in zip(sites, units, strict=True) if unit is None}
     children: dict[str, nn.Module] = {}
     for site, unit in zip(sites, units, strict=True):
         if unit is None:
             continue
-        name = _free_name(module, site, taken)
-        taken.add(name)
+        name = _free_name(module, site, {*taken, *children})
         children[name] = unit
-        argument = site.node.args[0] if site.node.args else next(iter(site.node.kwargs.values()))
+        (argument, *_) = (*site.node.args, *site.node.kwargs.values())
         with graph.inserting_before(site.node):
             call = graph.create_node('call_module', name, (argument,))
         site.node.replace_all_uses_with(call)
         graph.erase_node(site.node)
     code = graph.python_code('self')
-    return _with_forward(type(module), code.src, code.globals, fixed), children
+    modules = {k: v.__name__ for k, v in code.globals.items() if isinstance(v, ModuleType)}
+    others = {k: v for k, v in code.globals.items() if k not in modules}
+    return _with_forward(type(module), code.src, modules, others, constants), children
 
 
 def _free_name(module: nn.Module, site: Site, taken: set[str]) -> str:
-    """Name of a new unit: that of the activation it replaces if it can have it, else with a number."""
+    """Return the name of the activation for its unit if that is free, else the name with a number."""
     base = site.name.replace('.', '_')
-    own = site.node.op == 'call_module' and base == site.name  # the activation that gives way is the module's child
-    numbered = (f'{base}_{i}' for i in itertools.count(1))
-    return next(n for n in itertools.chain([base], numbered) if n not in taken and (own or not hasattr(module, n)))
+    is_own_child = site.node.op == 'call_module' and base == site.name  # the unit takes the place of the activation
+    candidates = itertools.chain([base], (f'{base}_{i}' for i in itertools.count(1)))
+    return next(name for name in candidates if name not in taken and (is_own_child or not hasattr(module, name)))
 
 
-def _with_forward(base: type[nn.Module], source: str, names: dict[str, Any], fixed: frozenset[str]) -> type[nn.Module]:
-    """Subclass of `base` whose forward is `source`, for which `names` are the globals; always the same one."""
-    key = (
-        base,
-        source,
-        tuple(sorted((k, repr(v) if isinstance(v, float) else id(v)) for k, v in names.items())),
-        fixed,
-    )
+def _with_forward(
+    base: type[nn.Module], source: str, modules: dict[str, str], others: dict[str, Any], constants: frozenset[str]
+) -> type[nn.Module]:
+    """Return a subclass of `base` with another forward, the same class for the same arguments.
+
+    Args:
+        base: A class of modules.
+        source: The code of the forward.
+        modules: The Python modules among the globals of the code, by name, because modules cannot be pickled.
+        others: The other globals of the code.
+        constants: Attributes that cannot be set to another value.
+    """
+    globals_key = tuple(sorted((k, repr(v) if isinstance(v, float) else id(v)) for k, v in others.items()))
+    key = (base, source, tuple(sorted(modules.items())), globals_key, constants)
     if key in _classes:
         return _classes[key]
     filename = f'<{base.__qualname__} with its own units {len(_classes)}>'
     linecache.cache[filename] = (len(source), None, source.splitlines(True), filename)  # for tracebacks and TorchScript
-    namespace = dict(names)
+    namespace = {**others, **{k: import_module(v) for k, v in modules.items()}}
     exec(compile(source, filename, 'exec'), namespace)
 
     def set_attribute(self: nn.Module, name: str, value: Any) -> None:
-        now: Any = getattr(self, name, None) if name in fixed else value
+        now: Any = getattr(self, name, None) if name in constants else value
         if value is not now and (type(value) is not type(now) or isinstance(value, torch.Tensor) or value != now):
             raise AttributeError(
-                f'{name} = {value!r}: when the activations of this {base.__qualname__} were replaced it was {now!r}, '
-                f'which is now part of its forward pass. Set it before replace_activations.'
+                f'{name} = {value!r}: it was {now!r} when the activations of this {base.__qualname__} were replaced, '
+                f'and that value is now a constant of the forward pass. Set it before replace_activations.'
             )
         base.__setattr__(self, name, value)
 
@@ -199,46 +211,36 @@ def _with_forward(base: type[nn.Module], source: str, names: dict[str, Any], fix
         '__module__': base.__module__,
         '__qualname__': base.__qualname__,
         '__doc__': base.__doc__,
-        '_made_of': (base, source, names, fixed),
+        '_made_of': (base, source, modules, others, constants),
     }
     return _classes.setdefault(key, type(base.__name__, (base,), attributes))
 
 
 def _reduce(self: Any, protocol: Any) -> tuple:
-    """Copying and pickling: the class is made anew, because no module has it."""
-    base, source, names, fixed = type(self)._made_of
-    modules = {k: v.__name__ for k, v in names.items() if isinstance(v, ModuleType)}
-    others = {k: v for k, v in names.items() if k not in modules}
-    return _recreate, (base, source, modules, others, fixed), self.__getstate__()
+    """Copy or pickle a module. Its class is created again, because no Python module has it as an attribute."""
+    return _recreate, type(self)._made_of, self.__getstate__()
 
 
-def _recreate(
-    base: type[nn.Module], source: str, modules: dict[str, str], others: dict[str, Any], fixed: frozenset[str]
-) -> nn.Module:
-    names = {**others, **{k: import_module(v) for k, v in modules.items()}}
-    cls = _with_forward(base, source, names, fixed)
+def _recreate(*made_of: Any) -> nn.Module:
+    cls = _with_forward(*made_of)
     return cls.__new__(cls)
 
 
 _classes: dict[tuple, type[nn.Module]] = {}
 
 
-def _left_out(module: nn.Module, invocation: Invocation) -> dict[str, Any]:
-    """Arguments that the invocation left at their defaults: the graph is for those."""
+def _omitted_arguments(module: nn.Module, invocation: Invocation) -> dict[str, Any]:
+    """Return the arguments that an invocation left at their defaults. The defaults become constants of the graph."""
     positional, by_name = invocation.arguments
-    parameters = list(inspect.signature(module.forward).parameters.values())
-    return {
-        p.name: p.default
-        for i, p in enumerate(parameters)
-        if i >= positional and p.name not in by_name and p.default is not inspect.Parameter.empty
-    }
+    parameters = list(inspect.signature(module.forward).parameters.values())[positional:]
+    return {p.name: p.default for p in parameters if p.name not in by_name and p.default is not p.empty}
 
 
-def called_for_effect(owner: nn.Module, child: str) -> bool:
-    """Whether a forward calls `self.child(...)` as a statement: an in-place activation, whose result nobody takes."""
+def result_is_discarded(module: nn.Module, child: str) -> bool:
+    """True if the forward of `module` has a statement `self.child(...)`: an in-place activation without a result."""
     try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(type(owner).forward)))
-    except (OSError, TypeError, SyntaxError):  # no source: of a class from an interactive session, say
+        tree = ast.parse(textwrap.dedent(inspect.getsource(type(module).forward)))
+    except (OSError, TypeError, SyntaxError):  # there is no source, for example in an interactive session
         return False
     statements = [node.value for node in ast.walk(tree) if isinstance(node, ast.Expr)]
     return any(isinstance(s, ast.Call) and ast.unparse(s.func) == f'self.{child}' for s in statements)

@@ -1,11 +1,8 @@
-"""One forward pass, watched: which activations run, who calls them, and on which feature maps.
-
-Runs on the `meta` device where the model can, so that nothing is computed and no memory is spent.
-"""
+"""Observes one forward pass: which activations run, which module calls each, and the shape and layout of its input."""
 
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,36 +12,54 @@ import torch.nn.functional as F
 
 from ..utils.forward_pass import ForwardObserver, observe_forward
 
-__all__ = ['Call', 'Invocation', 'Trace', 'is_activation', 'trace']
+__all__ = ['ACTIVATION_TYPES', 'FUNCTIONS', 'Call', 'Invocation', 'Trace', 'is_activation', 'trace']
 
-# Leaf modules with such names are activations; sigmoid, tanh and softmax are not: they make gates and distributions.
+# Leaf modules with such names are activations. Sigmoid, tanh and softmax are not: they make gates and distributions.
 _ACTIVATION = re.compile(r'relu|gelu|silu|selu|celu|^elu|swish|mish|^gammaact$|^softplus$|^softsign$', re.IGNORECASE)
+ACTIVATION_TYPES: dict[str, type[nn.Module]] = {  # by the name of the function that computes the same
+    'relu': nn.ReLU,
+    'relu6': nn.ReLU6,
+    'leaky_relu': nn.LeakyReLU,
+    'prelu': nn.PReLU,
+    'elu': nn.ELU,
+    'celu': nn.CELU,
+    'selu': nn.SELU,
+    'gelu': nn.GELU,
+    'silu': nn.SiLU,
+    'mish': nn.Mish,
+    'hardswish': nn.Hardswish,
+}
 FUNCTIONS: dict[Any, str] = {
-    function: name
-    for name in ('relu', 'relu6', 'leaky_relu', 'prelu', 'elu', 'celu', 'selu', 'gelu', 'silu', 'mish', 'hardswish')
-    for home in (F, torch, torch.Tensor)
-    for function in (getattr(home, name, None), getattr(home, f'{name}_', None))
-    if function is not None
+    getattr(namespace, variant): name
+    for name in ACTIVATION_TYPES
+    for variant in (name, f'{name}_')
+    for namespace in (F, torch, torch.Tensor)
+    if hasattr(namespace, variant)
 }
 _CHANNELS_FIRST = re.compile(
     r'^(conv(_transpose)?(?P<dims>[123])d|(batch|group|instance)_norm|.*pool[123]d.*|pixel_(un)?shuffle|channel_shuffle)$'
 )
 _CHANNELS_LAST = ('linear', 'layer_norm', 'rms_norm')
+_PERMUTATIONS = ('permute', 'transpose', 'swapaxes', 'swapdims', 'movedim', 'moveaxis')
+_WITHOUT_CHANNELS = (  # no dimension of their output is known to be the channels
+    *('matmul', '__matmul__', 'bmm', 'mm', 'einsum', 'scaled_dot_product_attention'),
+    '__get__',  # of attributes such as x.mT
+)
 
 
 @dataclass
 class Call:
-    """An activation that ran."""
+    """One call of an activation."""
 
     activation: nn.Module | str  # the module, or the name of the function
-    shape: tuple[int, ...]  # of its input
-    channel_dim: int | None  # 1 or the last; None: could not be followed
-    layer: nn.Module | None  # the last convolution, linear or normalisation layer before it
-    step: int  # when
+    shape: tuple[int, ...]  # of the input
+    channel_dim: int | None  # 1 or the last dimension of the input, None if it is unknown
+    layer: nn.Module | None  # the convolution, linear or normalisation layer that ran last before the call
+    step: int  # its time in the forward pass
 
     @property
     def width(self) -> tuple[int, str] | None:
-        """Channels and layout of the input, None where they cannot be told."""
+        """Channels and layout of the input, None if they are unknown."""
         dims = len(self.shape)
         if self.channel_dim is None or dims < 2:
             return None
@@ -55,10 +70,10 @@ class Call:
 
 @dataclass
 class Invocation:
-    """One run of a module's forward, and the activations it called itself, in order."""
+    """One run of a module's forward, with the calls of activations in its own code, in their order."""
 
     module: nn.Module
-    arguments: tuple[int, tuple[str, ...]]  # how many positional, and the names of the others
+    arguments: tuple[int, tuple[str, ...]]  # number of positional arguments, names of keyword arguments
     start: int
     end: int = sys.maxsize
     calls: list[Call] = field(default_factory=list)
@@ -66,160 +81,167 @@ class Invocation:
 
 @dataclass
 class Trace:
-    """Every invocation of a forward pass, in the order of their beginnings."""
+    """All invocations of a forward pass, in the order in which they start."""
 
     invocations: list[Invocation]
     output: Any
     on_meta: bool
 
     def calls(self) -> Iterator[tuple[Invocation, Call]]:
-        for invocation in self.invocations:
-            for call in invocation.calls:
-                yield invocation, call
+        """All calls of activations, each with the invocation that it is part of."""
+        return ((invocation, call) for invocation in self.invocations for call in invocation.calls)
 
 
 def is_activation(module: nn.Module) -> bool:
-    """Whether a module is an activation: a leaf with the name of one."""
+    """True if a module has no children and its class has the name of an activation."""
     return not any(True for _ in module.children()) and _ACTIVATION.search(type(module).__name__) is not None
 
 
-def trace(model: nn.Module, inputs: tuple, watch: set[nn.Module]) -> Trace:
-    """Run `model(*inputs)` with `eval()` and no gradients, on `meta` where possible, and watch the activations.
+def trace(model: nn.Module, inputs: tuple, activations: set[nn.Module]) -> Trace:
+    """Run `model(*inputs)` in evaluation mode without gradients, on `meta` if possible, and record the activations.
 
     Args:
-        model: Unchanged afterwards, but for what its own code leaves in it if it does not run on `meta`.
+        model: Unchanged afterwards, except for attributes that its own code sets if it does not run on `meta`.
         inputs: Positional arguments.
-        watch: Modules that are taken for activations.
+        activations: Modules that count as activations.
 
     Raises:
-        Exception: What the forward pass raises on the model's own device.
+        ForwardError: The model raises an exception on its own device.
     """
-    watcher, output, on_meta = observe_forward(model, inputs, lambda original: _Watcher(watch, original))
-    return Trace(watcher.invocations, output, on_meta)
+    observer, output, on_meta = observe_forward(model, inputs, lambda original_of: _Tracer(activations, original_of))
+    return Trace(observer.invocations, output, on_meta)
 
 
-class _Watcher(ForwardObserver):
-    """Follows the channel dimension through PyTorch's functions, and keeps the stack of running modules."""
+class _Tracer(ForwardObserver):
+    """Keeps the stack of running modules, and follows the channel dimension from tensor to tensor.
 
-    def __init__(self, watch: set[nn.Module], original: Mapping[nn.Module, nn.Module]) -> None:
+    A tensor has the dimension as `_timm_atac_dim`, and the call of an activation that made it as `_timm_atac_call`.
+    """
+
+    def __init__(self, activations: set[nn.Module], original_of: Mapping[nn.Module, nn.Module]) -> None:
         super().__init__()
-        self.watch = watch
-        self._original = original
+        self._activations = activations
+        self._original_of = original_of
         self.invocations: list[Invocation] = []
-        self._stack: list[Invocation] = []
-        self._last: tuple[nn.Module | None, int] | None = None  # layer, its channels
+        self._running: list[Invocation] = []
+        self._last_layer: tuple[nn.Module | None, int | None] = (None, None)  # with the channels of its output
         self._step = 0
 
-    def enter(self, module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> None:
+    def before_module(self, module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> None:
         self._step += 1
-        module = self._original[module]
-        if module in self.watch and args and isinstance(args[0], torch.Tensor):
-            self._call(module, args[0])
-        self._stack.append(Invocation(module, (len(args), tuple(kwargs)), self._step))
-        self.invocations.append(self._stack[-1])
+        module = self._original_of[module]
+        if module in self._activations and args and isinstance(args[0], torch.Tensor):
+            self._record_call(module, args[0])
+        self._running.append(Invocation(module, (len(args), tuple(kwargs)), self._step))
+        self.invocations.append(self._running[-1])
 
-    def leave(self, module: nn.Module, args: tuple, output: Any) -> None:
+    def after_module(self, module: nn.Module, output: Any) -> None:
         self._step += 1
-        left = self._stack.pop()
-        left.end = self._step
-        calls = self._stack[-1].calls if self._stack else []
-        if calls and calls[-1].activation is left.module and isinstance(output, torch.Tensor):
+        invocation = self._running.pop()
+        invocation.end = self._step
+        calls = self._running[-1].calls if self._running else []
+        if calls and calls[-1].activation is invocation.module and isinstance(output, torch.Tensor):
             output._timm_atac_call = calls[-1]  # type: ignore[attr-defined]
 
-    def _call(self, activation: nn.Module | str, x: torch.Tensor) -> None:
-        if self._stack:
-            layer = self._last[0] if self._last is not None else None
-            self._stack[-1].calls.append(Call(activation, tuple(x.shape), self._channel_dim(x), layer, self._step))
-
-    def _channel_dim(self, x: torch.Tensor) -> int | None:
-        """Dimension of the channels; of a tensor that could not be followed, the one that fits the last layer.
-
-        None where neither tells: then the next layer does (`_resolve`), or nobody.
-        """
-        dim = getattr(x, '_timm_atac_dim', None)
-        if dim is None and x.ndim == 2:
-            return 1
-        if dim is None and self._last is not None and x.ndim > 1:
-            fits = [d for d in {1, x.ndim - 1} if x.shape[d] == self._last[1]]
-            dim = fits[0] if len(fits) == 1 else None
-        return dim
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        inside = self._stack[-1].module if self._stack else None
-        name = getattr(func, '__name__', '')
-        is_call = func in FUNCTIONS and inside not in self.watch and args and isinstance(args[0], torch.Tensor)
-        if is_call:
-            self._call(FUNCTIONS[func], args[0])
-        if _tells_channels(name, args):
-            _resolve(args[0], last=name in _CHANNELS_LAST)
-        output = func(*args, **kwargs)
-        if is_call and self._stack and isinstance(output, torch.Tensor):
-            output._timm_atac_call = self._stack[-1].calls[-1]  # type: ignore[attr-defined]
+    def after_function(self, function: Callable, args: tuple, kwargs: Mapping[str, Any], output: Any) -> None:
+        name = getattr(function, '__name__', '')
+        if 'input' in kwargs:
+            args = (kwargs['input'], *args)
+        module = self._running[-1].module if self._running else None
         outputs = [
             t for t in (output if isinstance(output, (tuple, list)) else [output]) if isinstance(t, torch.Tensor)
         ]
-        if _tells_channels(name, args):
+        if function in FUNCTIONS and module not in self._activations and args and isinstance(args[0], torch.Tensor):
+            call = self._record_call(FUNCTIONS[function], args[0])
+            if call is not None and outputs:
+                outputs[0]._timm_atac_call = call  # type: ignore[attr-defined]
+        if not _has_known_layout(name, args):
             for t in outputs:
-                if t.ndim > 1:
-                    last = name in _CHANNELS_LAST or t.ndim == 2  # (B * N, C): tokens, on their way through a norm
-                    dim = t.ndim - 1 if last else 1
-                    t._timm_atac_dim = dim  # type: ignore[attr-defined]
-                    if 'pool' not in name:
-                        self._last = (inside, t.shape[dim])
-        else:
-            for t in outputs:
-                _follow(name, args, kwargs, t)
-        return output
+                _propagate(name, args, kwargs, t)
+            return
+        channels_last = name in _CHANNELS_LAST
+        _resolve(args[0], channels_last)
+        for t in outputs:
+            if t.ndim > 1:
+                # a norm may get its tokens as (B * N, C)
+                dim = t.ndim - 1 if channels_last or t.ndim == 2 else 1
+                t._timm_atac_dim = dim  # type: ignore[attr-defined]
+                if 'pool' not in name:
+                    self._last_layer = (module, t.shape[dim])
+
+    def _record_call(self, activation: nn.Module | str, x: torch.Tensor) -> Call | None:
+        """Add a call to the running invocation and return it. A model that is an activation itself has none."""
+        if not self._running:
+            return None
+        layer, channels = self._last_layer
+        call = Call(activation, tuple(x.shape), _channel_dim(x, channels), layer, self._step)
+        self._running[-1].calls.append(call)
+        return call
 
 
-def _tells_channels(name: str, args: tuple) -> bool:
-    """Whether a function's output has its channels where functions of that kind have them."""
+def _channel_dim(x: torch.Tensor, last_channels: int | None) -> int | None:
+    """Return the dimension of the channels. If it was not followed, it is the only one with the last layer's channels.
+
+    If that is not unique either, it is None until the next layer shows it (`_resolve`).
+    """
+    dim = getattr(x, '_timm_atac_dim', None)
+    if dim is not None or x.ndim < 2:
+        return dim
+    if x.ndim == 2:
+        return 1
+    candidates = [d for d in (1, x.ndim - 1) if x.shape[d] == last_channels]
+    return candidates[0] if len(candidates) == 1 else None
+
+
+def _has_known_layout(name: str, args: tuple) -> bool:
+    """True for a function whose output has its channels where all functions of its kind have them."""
     if name == 'layer_norm':
-        return len(args) > 1 and len(args[1]) == 1  # over more dimensions it may be any layout's
-    first = _CHANNELS_FIRST.match(name)
-    if first and first['dims'] and isinstance(args[0], torch.Tensor):
-        return args[0].ndim == int(first['dims']) + 2  # one dimension less is one image without its batch
-    return first is not None or name in _CHANNELS_LAST
+        return len(args) > 1 and len(args[1]) == 1  # over several dimensions, any layout is possible
+    channels_first = _CHANNELS_FIRST.match(name)
+    if channels_first and channels_first['dims'] and isinstance(args[0], torch.Tensor):
+        return args[0].ndim == int(channels_first['dims']) + 2  # not for an image without a batch dimension
+    return channels_first is not None or name in _CHANNELS_LAST
 
 
-def _resolve(x: Any, last: bool) -> None:
-    """Let the layer that takes an activation's output tell its channels, where nothing before it has."""
+def _resolve(x: Any, channels_last: bool) -> None:
+    """Set the unknown channel dimension of a call whose output is the input of a layer with a known layout."""
     call = getattr(x, '_timm_atac_call', None)
     if call is not None and call.channel_dim is None and len(call.shape) == x.ndim:
-        call.channel_dim = x.ndim - 1 if last else 1
+        call.channel_dim = x.ndim - 1 if channels_last else 1
 
 
-def _follow(name: str, args: tuple, kwargs: Mapping[str, Any], output: torch.Tensor) -> None:
-    """Give a function's output the channel dimension of its input, and its activation, where that is clear."""
+def _propagate(name: str, args: tuple, kwargs: Mapping[str, Any], output: torch.Tensor) -> None:
+    """Copy the channel dimension and the call from the inputs of a function to its output, where they are certain."""
     flat = [a for arg in args for a in (arg if isinstance(arg, (tuple, list)) else [arg])]
-    for call in (a._timm_atac_call for a in flat if hasattr(a, '_timm_atac_call') and a.shape == output.shape):
-        output._timm_atac_call = call  # type: ignore[attr-defined]
-    source = next((a for a in flat if isinstance(a, torch.Tensor) and hasattr(a, '_timm_atac_dim')), None)
-    if source is None or source is output or output.ndim < 2:
+    tensors = [a for a in flat if isinstance(a, torch.Tensor)]
+    for tensor in tensors:
+        if hasattr(tensor, '_timm_atac_call') and tensor.shape == output.shape:
+            output._timm_atac_call = tensor._timm_atac_call  # type: ignore[attr-defined]
+    source = next((t for t in tensors if hasattr(t, '_timm_atac_dim')), None)
+    if source is None or source is output or output.ndim < 2 or name in _WITHOUT_CHANNELS:
         return
-    dim, dims = source._timm_atac_dim, source.ndim
+    dim: int = source._timm_atac_dim  # type: ignore[attr-defined]
+    last, new_last = source.ndim - 1, output.ndim - 1
     new: int | None = None
-    if name in ('permute', 'transpose', 'swapaxes', 'swapdims', 'movedim', 'moveaxis'):
-        new = _permuted(name, args, kwargs, dim, dims)
-    elif name in ('matmul', '__matmul__', 'bmm', 'mm', 'einsum', 'scaled_dot_product_attention', '__get__'):
-        return  # `__get__` is of attributes, such as x.mT
-    elif output.ndim == dims and (output.shape[dim] == source.shape[dim] or _same_but(output, source, dim)):
+    if name in _PERMUTATIONS:
+        new = _permuted(name, args, kwargs, dim, source.ndim)
+    elif last == new_last and (output.shape[dim] == source.shape[dim] or _differ_only_in(dim, output, source)):
         new = dim
-    elif dim == dims - 1 and output.shape[-1] == source.shape[-1]:
-        new = output.ndim - 1
+    elif dim == last and output.shape[-1] == source.shape[-1]:
+        new = new_last
     elif dim == 1 and output.shape[1] == source.shape[1]:
         new = 1
-    if new is not None and new in (1, output.ndim - 1):
+    if new in (1, new_last):
         output._timm_atac_dim = new  # type: ignore[attr-defined]
 
 
-def _same_but(a: torch.Tensor, b: torch.Tensor, dim: int) -> bool:
+def _differ_only_in(dim: int, a: torch.Tensor, b: torch.Tensor) -> bool:
+    """True if all other sizes of two shapes are equal."""
     return all(x == y for d, (x, y) in enumerate(zip(a.shape, b.shape, strict=True)) if d != dim)
 
 
-def _permuted(name: str, args: tuple, kwargs: Mapping[str, Any], dim: int, dims: int) -> int | None:
-    """Where a permutation of dimensions puts `dim`: by running it on a tensor whose sizes are the dimensions."""
+def _permuted(name: str, args: tuple, kwargs: Mapping[str, Any], dim: int, dims: int) -> int:
+    """Return the position of `dim` after a permutation, which is run on a tensor with the sizes 1, 2, 3, ..."""
     probe = torch.empty(tuple(range(1, dims + 1)), device='meta')
-    moved = getattr(torch.Tensor, name)(probe, *args[1:], **{k: v for k, v in kwargs.items() if k != 'input'})
-    return list(moved.shape).index(dim + 1)
+    permuted = getattr(torch.Tensor, name)(probe, *args[1:], **{k: v for k, v in kwargs.items() if k != 'input'})
+    return list(permuted.shape).index(dim + 1)

@@ -1,4 +1,4 @@
-"""Which activations of a model `where` means."""
+"""Decides which activations of a model are selected by the argument `where`."""
 
 from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
@@ -7,108 +7,95 @@ from typing import Any
 
 import torch.nn as nn
 
-from .trace import Invocation, Trace
+from .trace import ACTIVATION_TYPES, Trace
 
 __all__ = ['Selection', 'Where']
 
 Where = str | type | int | Callable[[str, nn.Module], bool]
-# types that stand for a function, in `where`
-_TYPES = {
-    'relu': nn.ReLU,
-    'relu6': nn.ReLU6,
-    'leaky_relu': nn.LeakyReLU,
-    'prelu': nn.PReLU,
-    'elu': nn.ELU,
-    'celu': nn.CELU,
-    'selu': nn.SELU,
-    'gelu': nn.GELU,
-    'silu': nn.SiLU,
-    'mish': nn.Mish,
-    'hardswish': nn.Hardswish,
-}
 
 
 class Selection:
-    """`where` of `replace_activations`, checked.
+    """The argument `where` of `replace_activations`, after a check.
 
     Args:
-        where: A pattern of names, a type, a stage number, a function of name and module, several of those, or None.
+        where: A pattern of names, a type, a stage number, a function of name and module, a sequence of these, or None
+            for all activations.
 
     Raises:
-        ValueError: `where` is nothing of that.
+        ValueError: `where` is none of these.
     """
 
     def __init__(self, where: Where | Sequence[Where] | None) -> None:
         choices: Any = where if isinstance(where, (list, tuple, set, frozenset)) else [where]
-        self.everything = where is None
+        self.selects_all = where is None
         self.patterns = [w for w in choices if isinstance(w, str)]
         self.types = tuple(w for w in choices if isinstance(w, type))
         self.stages = [w for w in choices if isinstance(w, int) and not isinstance(w, bool)]
-        self.functions = [w for w in choices if callable(w) and not isinstance(w, (type, nn.Module)) and _takes_two(w)]
+        self.functions = [
+            w for w in choices if callable(w) and not isinstance(w, (type, nn.Module)) and _takes_two_arguments(w)
+        ]
         understood = [*self.patterns, *self.types, *self.stages, *self.functions]
-        if not self.everything and (not choices or len(understood) < len(choices)):
+        if not self.selects_all and (not choices or len(understood) < len(choices)):
             raise ValueError(
                 f"where={where!r}: expected a pattern of names ('layer4.*'), a type (nn.GELU), a stage number "
                 f'(4, or -1 for the last), a function of name and module, or a sequence of those.'
             )
-        self._steps: list[tuple[int, int]] = []
+        self._spans: list[tuple[int, int]] = []
 
-    def portable(self, chosen: Iterable[str]) -> list[str | int] | None:
-        """The same choice without types and functions, which no config.json can hold.
+    def serializable(self, selected_names: Iterable[str]) -> list[str | int] | None:
+        """Return a `where` with the same effect that config.json can hold: without types and functions.
 
         Args:
-            chosen: Names of what they have chosen.
+            selected_names: Names of the activations that this selection has selected.
         """
-        if self.everything:
+        if self.selects_all:
             return None
         if self.types or self.functions:
-            return list(dict.fromkeys(chosen))
+            return list(dict.fromkeys(selected_names))
         return [*self.patterns, *self.stages]
 
-    def watch_stages(self, model: nn.Module, trace: Trace) -> None:
-        """Find when the chosen stages ran.
+    def locate_stages(self, model: nn.Module, trace: Trace) -> None:
+        """Find the first and the last step of each selected stage in a forward pass.
 
-        A stage is an entry of timm's `feature_info`: from the end of the one before it to its own end; the first begins
-        where its module begins. An entry that is an activation is a stem and no stage.
+        A stage is an entry of timm's `feature_info`. It starts where the stage before it ends, the first stage where
+        its module starts, and it ends with its module. An entry whose module is an activation is a stem and no stage.
 
         Raises:
-            ValueError: The model has no `feature_info`, or there is no such stage.
+            ValueError: The model has no `feature_info`, or no stage of this number.
         """
-        if not self.stages:
-            return
-        spans = _stage_spans(model, trace)
+        spans = _stage_spans(model, trace) if self.stages else []
         for stage in self.stages:
             if not 1 <= abs(stage) <= len(spans):
-                there = f'{len(spans)} stages' if spans else 'no `feature_info` that names its stages'
+                found = f'{len(spans)} stages' if spans else 'no `feature_info` that names its stages'
                 raise ValueError(
                     f'where={stage!r}: expected a stage from 1 to {len(spans) or "n"}, or from -1 for the last; '
-                    f"{type(model).__name__} has {there}. Patterns of names, such as 'layer4.*', work everywhere."
+                    f"{type(model).__name__} has {found}. Patterns of names, such as 'layer4.*', work for every model."
                 )
-            self._steps.append(spans[stage - 1 if stage > 0 else stage])
+            self._spans.append(spans[stage - 1 if stage > 0 else stage])
 
-    def fits(self, names: Iterable[str], activation: nn.Module | str, owner: nn.Module, step: int | None) -> bool:
-        """Whether an activation is meant.
+    def selects(self, names: list[str], activation: nn.Module | str, caller: nn.Module, step: int | None) -> bool:
+        """True if an activation is selected.
 
         Args:
-            names: Its names in the model; of a function, its owner's with the function's.
+            names: The names of a module, or of a function the names of its caller with the function's name.
             activation: The module, or the name of the function.
-            owner: Module that calls it.
-            step: When, None for never.
+            caller: The module that calls it.
+            step: The time of the call in the forward pass, None if there is no call.
         """
-        if self.everything:
-            return True
-        names = list(names)
-        kind = _TYPES.get(activation, object) if isinstance(activation, str) else type(activation)
-        module = owner if isinstance(activation, str) else activation
+        if isinstance(activation, str):
+            cls, module = ACTIVATION_TYPES[activation], caller
+        else:
+            cls, module = type(activation), activation
         return (
-            any(fnmatchcase(name, pattern) for name in names for pattern in self.patterns)
-            or (bool(self.types) and issubclass(kind, self.types))
+            self.selects_all
+            or any(fnmatchcase(name, pattern) for name in names for pattern in self.patterns)
+            or issubclass(cls, self.types)
             or any(function(name, module) for name in names for function in self.functions)
-            or any(step is not None and first < step <= last for first, last in self._steps)
+            or any(step is not None and first < step <= last for first, last in self._spans)
         )
 
 
-def _takes_two(function: Callable) -> bool:
+def _takes_two_arguments(function: Callable) -> bool:
     try:
         signature(function).bind('name', None)
     except (TypeError, ValueError):
@@ -117,17 +104,14 @@ def _takes_two(function: Callable) -> bool:
 
 
 def _stage_spans(model: nn.Module, trace: Trace) -> list[tuple[int, int]]:
-    """First and last step of each stage."""
-    feature_info: Any = getattr(model, 'feature_info', None) or []
-    infos = [feature_info[i] for i in range(len(feature_info))] if isinstance(feature_info, (list, tuple)) else []
-    if not infos and hasattr(feature_info, 'info'):
-        infos = list(feature_info.info)
+    """Return the first and the last step of each stage of a model."""
+    feature_info: Any = getattr(model, 'feature_info', None)
+    feature_info = getattr(feature_info, 'info', feature_info)  # timm's class of a `features_only` model has a list
     modules = dict(model.named_modules())
     spans: list[tuple[int, int]] = []
-    for info in infos:
-        module = modules.get(info.get('module', ''))
-        runs: list[Invocation] = [i for i in trace.invocations if i.module is module]
-        if module is None or not runs or not any(True for _ in module.children()):
-            continue
-        spans.append((spans[-1][1] if spans else runs[0].start, runs[-1].end))
+    for entry in feature_info if isinstance(feature_info, (list, tuple)) else []:
+        module = modules.get(entry.get('module', ''))
+        runs = [invocation for invocation in trace.invocations if invocation.module is module]
+        if module is not None and runs and any(True for _ in module.children()):
+            spans.append((spans[-1][1] if spans else runs[0].start, runs[-1].end))
     return spans
