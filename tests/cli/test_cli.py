@@ -67,8 +67,8 @@ def test_convert_and_back(run, tmp_path) -> None:
     assert set(back) == set(arrays)
     assert all(np.array_equal(back[name], array) for name, array in arrays.items())
     fails(run('convert', 'a folder/net', 'back'), 'back: expected FILE.params')
-    fails(run('convert', 'a folder/net', 'back.params'), 'back.params is there already; give another name')
-    fails(run('convert', PARAMS, 'a folder/net', '--model', 'atac_resnet8_cifar'), 'is there already')
+    fails(run('convert', 'a folder/net', 'back.params'), 'back.params exists already; give another name')
+    fails(run('convert', PARAMS, 'a folder/net', '--model', 'atac_resnet8_cifar'), 'exists already')
     assert sorted(os.listdir('.')) == ['a folder', 'back.params']
 
 
