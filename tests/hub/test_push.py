@@ -138,7 +138,7 @@ def test_round_trip(hub, run, digits, tmp_path) -> None:
 
     # a card without a picture takes the old one with it
     (folder / 'gates.png').unlink()
-    assert 'shows gates.png, which is not there' in error_of(run(PUSH, folder, '--repo', 'me/digits'))
+    assert 'shows gates.png, which is missing' in error_of(run(PUSH, folder, '--repo', 'me/digits'))
     text = (folder / 'README.md').read_text()
     (folder / 'README.md').write_text(text.replace('](gates.png)', ']'))
     assert run(PUSH, folder, '--repo', 'me/digits').returncode == 0
@@ -172,7 +172,7 @@ def test_refusals(hub, run, folder) -> None:
     assert "use one with write access to 'them'" in found[2]
     assert "'me/a..b' is not the name of a repository" in found[3]
     assert 'expected OWNER/NAME' in found[4]
-    assert 'say --repo OWNER/NAME, or set TIMM_ATAC_HUB_ORG' in found[5]
+    assert 'give --repo OWNER/NAME, or set TIMM_ATAC_HUB_ORG' in found[5]
     (offline,) = errors((right, '--repo', 'me/net'), HF_HUB_OFFLINE='1')
     assert 'HF_HUB_OFFLINE is set; unset it' in offline
     (nowhere,) = errors((right, '--repo', 'me/net'), HF_ENDPOINT='http://127.0.0.1:9')
@@ -195,10 +195,8 @@ def test_refusals(hub, run, folder) -> None:
     other = {**config, 'architecture': 'resnet8_cifar', 'model_args': {'act_layer': 'atac', 'in_chans': 1}}
     (folder / 'config.json').write_text(json.dumps(other))
     taken, public = errors((right, '--repo', name), (right, '--repo', name, '--private'))
-    assert (
-        f'{name} is taken: it holds atac_resnet8_cifar.cifar10, not resnet8_cifar.cifar10. Give another --repo' in taken
-    )
-    assert 'is there and public' in public
+    assert f'{name} holds atac_resnet8_cifar.cifar10, not resnet8_cifar.cifar10: give another --repo' in taken
+    assert 'exists and is public' in public
     assert len(hub.commits(name)) == 2
 
 
@@ -207,7 +205,7 @@ def test_a_push_that_breaks(hub, run, folder) -> None:
     """A server that dies in the middle of an upload, and one that fails at the commit: nothing half done."""
     hub.fail = Failures(upload_dies_at=100_000)
     line = error_of(run(PUSH, folder, '--repo', 'me/net'))
-    assert 'cannot be reached or broke off' in line and 'Nothing is half pushed' in line
+    assert 'cannot be reached, or the connection broke' in line and 'Nothing is half pushed' in line
     hub.fail = Failures()
     hub.start()
     assert [files for _, files in hub.commits('me/net')] == [['.gitattributes']]  # nobody was there to take it back

@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -202,9 +203,11 @@ def test_export_overwrites_nothing(tmp_path) -> None:
     export(model, tmp_path / 'empty')
 
 
-def test_without_matplotlib(tmp_path, monkeypatch) -> None:
+def test_without_matplotlib(tmp_path, monkeypatch, caplog) -> None:
     """A folder without a picture, and a card that does not speak of one."""
-    monkeypatch.setattr('timm_atac.hub.export.find_spec', lambda name: None)
+    for name in ('matplotlib', 'matplotlib.cbook'):
+        monkeypatch.setitem(sys.modules, name, None)
     export(timm.create_model('atac_resnet8_cifar'), tmp_path / 'net')
     assert sorted(os.listdir(tmp_path / 'net')) == ['README.md', 'card.yaml', 'config.json', 'model.safetensors']
     assert 'gates' not in (tmp_path / 'net' / 'README.md').read_text()
+    assert "matplotlib is not installed (pip install 'timm_atac[viz]')" in caplog.text
