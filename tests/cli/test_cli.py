@@ -147,7 +147,7 @@ def test_convert_refuses(run) -> None:
     status, _, errors = run('convert', PARAMS, 'x', '--model', 'atac_resnet14_cifar')
     assert status == 1
     expected = len(to_arrays(timm.create_model('atac_resnet14_cifar')))
-    assert f'The 113 arrays are not the {expected} of this CifarResNet' in errors
+    assert f'The 113 arrays do not fit the {expected} of this CifarResNet' in errors
     assert "missing: 'features.2.1.bn1.gamma' (16,)" in errors
     assert not os.listdir('.')
 
@@ -208,7 +208,7 @@ def test_card(run) -> None:
     assert run('card', 'net')[0] == 0
     assert (Path('net/README.md').read_text(), Path('net/gates.png').read_bytes()) == (card, picture)
     Path('facts.yaml').write_text('colour: red')
-    fails(run('card', 'net', '--facts', 'facts.yaml', '--image', 'red.png'), 'facts has unknown colour')
+    fails(run('card', 'net', '--facts', 'facts.yaml', '--image', 'red.png'), 'unknown colour in facts')
     assert (Path('net/README.md').read_text(), Path('net/gates.png').read_bytes()) == (card, picture)
     Path('net/gates.png').unlink()
     assert run('card', 'net')[0] == 0

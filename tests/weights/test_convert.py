@@ -73,7 +73,7 @@ def test_all_faults_in_one_error() -> None:
     with pytest.raises(ConversionError) as caught:
         to_state_dict(arrays, model)
     heading, *problems = str(caught.value).splitlines()
-    assert 'The 112 arrays are not the 113 of this CifarResNet' in heading
+    assert 'The 112 arrays do not fit the 113 of this CifarResNet' in heading
     assert sorted(line.strip() for line in problems) == sorted(
         [
             "missing: 'features.1.weight' (16, 3, 3, 3)",
@@ -81,8 +81,8 @@ def test_all_faults_in_one_error() -> None:
             "surplus: 'layer9\\x1b[2J' (3,)",
             "misfit: 'output.weight' is (10, 60) of float32, expected (10, 64) of float16 or float32",
             "misfit: 'features.5.beta' is (64,) of float64, expected (64,) of float16 or float32",
-            "misfit: 'features.0.gamma' is not 1 everywhere, and the data norm has no affine here",
-            "misfit: 'features.0.beta' is not 0 everywhere, and the data norm has no affine here",
+            "misfit: 'features.0.gamma' is not 1 everywhere; our data norm has no affine",
+            "misfit: 'features.0.beta' is not 0 everywhere; our data norm has no affine",
         ]
     )
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())

@@ -117,7 +117,7 @@ def test_faults_of_a_config(folder) -> None:
         (dict(architecture='atac_resnet9'), "architecture is 'atac_resnet9', which timm .* does not know"),
         (dict(architecture=None), 'architecture is None'),
         (dict(architecture='resnet8_cifar', model_args=[]), r'model_args is \[\], expected an object'),
-        (dict(model_args=dict(checkpoint_path='x.pth')), 'has checkpoint_path, which would load something else'),
+        (dict(model_args=dict(checkpoint_path='x.pth')), 'has checkpoint_path, which would load other files'),
         (
             dict(architecture='atac_host', model_args=dict(host=dict(model_name='resnet18', checkpoint_path='x'))),
             'has checkpoint_path',
@@ -153,7 +153,7 @@ def test_faults_of_the_weights(folder) -> None:
     data = path.read_bytes()
     for wrong in (data[:1000], b'\xff' * 8 + data[8:], b'', data + b'x'):
         path.write_bytes(wrong)
-        with pytest.raises(FolderError, match=r'model.safetensors is damaged.*Make it again'):
+        with pytest.raises(FolderError, match=r'model.safetensors is damaged.*Write it again'):
             load_folder(folder)
     path.write_bytes(data)
     tensors = load_file(path)

@@ -120,7 +120,7 @@ def test_a_damaged_file(overlay, site, tmp_path) -> None:
     (tmp_path / 'cut.params').write_bytes(data[: len(data) // 2])
     model: Any = timm.create_model('atac_resnet50', pretrained_cfg_overlay=dict(tag='mine'))
     before = model.fc.weight.clone()
-    with pytest.raises(ParamsError, match=r'bytes where \d+ are left'):
+    with pytest.raises(ParamsError, match=r'bytes, but \d+ are left'):
         model.load_pretrained(tmp_path / 'cut.params')
     assert torch.equal(model.fc.weight, before)
 

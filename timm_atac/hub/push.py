@@ -4,7 +4,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from huggingface_hub import (
     CommitOperationAdd,
@@ -230,7 +230,7 @@ def _message(error: BaseException, repo: str) -> str | None:
     if isinstance(error, OfflineModeIsEnabled):
         return 'The Hub cannot be reached: HF_HUB_OFFLINE is set; unset it.'
     if isinstance(error, HfHubHTTPError):
-        status = getattr(error.response, 'status_code', None)
+        status: Any = getattr(error.response, 'status_code', None)
         message = _BY_STATUS.get(status, 'The Hub failed ({error}). Nothing is half pushed: run it again later.')
         return message.format(error=_one_line(error), repo=repo, owner=repo.split('/')[0])
     if isinstance(error, ValueError) and 'Invalid metadata' in str(error):
