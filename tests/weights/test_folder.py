@@ -144,7 +144,7 @@ def test_faults_of_a_config(folder) -> None:
     with pytest.raises(FolderError, match='cannot be read'):
         load_folder(folder)
     (folder / 'config.json').unlink()
-    with pytest.raises(FolderError, match=r'has no config.json: expected a folder of `timm-atac convert`'):
+    with pytest.raises(FolderError, match=r'has no config.json: expected a folder that `timm-atac convert`'):
         load_folder(folder)
 
 
