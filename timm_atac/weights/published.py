@@ -3,7 +3,7 @@
 import os
 from typing import Any, NamedTuple
 
-__all__ = ['HUB_ORG', 'PUBLISHED', 'Published', 'source']
+__all__ = ['HUB_ORG', 'PUBLISHED', 'Published', 'cfg_fields']
 
 HUB_ORG = os.environ.get('TIMM_ATAC_HUB_ORG', '').strip()
 """Owner of the repositories `HUB_ORG/ARCH.TAG` on the Hub, '' if there are none. It is read when timm is imported."""
@@ -31,7 +31,7 @@ PUBLISHED = {
 }
 
 
-def source(name: str) -> dict[str, Any]:
+def cfg_fields(name: str) -> dict[str, Any]:
     """Return the fields of a pretrained cfg that say where the weights are. timm prefers the Hub to the address.
 
     Args:
