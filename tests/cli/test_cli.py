@@ -1,4 +1,4 @@
-"""`timm-atac`, as it is typed."""
+"""`timm-atac` by its command lines."""
 
 import argparse
 import io
@@ -74,7 +74,7 @@ def test_convert_and_back(run, tmp_path) -> None:
 
 
 def test_convert_a_variant(run, tmp_path) -> None:
-    """The ways of the authors' network that are arguments of ours, one of them with a registered tag's labels."""
+    """A network with other arguments than the default, under a registered tag."""
     kwargs: dict[str, Any] = dict(act_layer='se_act', atac_stages=(3, 4), num_classes=100)
     torch.manual_seed(0)
     source: Any = timm.create_model('resnet14_cifar', **kwargs).eval()
@@ -91,7 +91,7 @@ def test_convert_a_variant(run, tmp_path) -> None:
 
 @pytest.mark.parametrize('in_chans', [1, 4])
 def test_convert_for_other_inputs(in_chans, run, tmp_path) -> None:
-    """A registered tag brings its classes; a network of four channels has no picture, and says so."""
+    """A registered tag sets the classes; for a network of four channels a warning says why there is no picture."""
     source: Any = timm.create_model('atac_resnet8_cifar', in_chans=in_chans, num_classes=100).eval()
     write_params(tmp_path / 'net.params', to_arrays(source))
     arguments = ('net.params', 'net', '--model', 'atac_resnet8_cifar.cifar100')
@@ -153,7 +153,7 @@ def test_convert_refuses(run) -> None:
 
 
 def test_push_of_published_weights(run, monkeypatch, tmp_path) -> None:
-    """Downloaded to timm's cache, checked and converted; without a licence, nothing goes anywhere unasked."""
+    """The weights are downloaded to timm's cache, checked and converted; without a licence the push needs consent."""
     cache = tmp_path / 'torch' / 'hub' / 'checkpoints'
     cache.mkdir(parents=True)
     monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'torch'))
@@ -203,7 +203,7 @@ def test_card(run) -> None:
     assert 'Of mine.' in card and 'license: mit' in card and 'Grace Hopper' not in card
     assert Path('net/gates.png').read_bytes() != before
 
-    # what the folder has stays, and after an error all of it
+    # facts and picture of the folder stay; after an error nothing has changed
     picture = Path('net/gates.png').read_bytes()
     assert run('card', 'net')[0] == 0
     assert (Path('net/README.md').read_text(), Path('net/gates.png').read_bytes()) == (card, picture)
@@ -264,7 +264,7 @@ def test_gates(run) -> None:
 
 
 def test_gates_of_one_model_are_those_of_gates_picture(run) -> None:
-    """Whether there could be several or not."""
+    """The picture is that of `gates_picture`, and the table has its gates."""
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8))
     image.save('image.png')
     status, output, _ = run('gates', 'image.png', '--model', 'atac_resnet8_cifar', '--checkpoint', PARAMS)
@@ -327,7 +327,7 @@ def test_gates_of_several_models(run) -> None:
     fails(gates('resnet8_cifar', 'resnet8_cifar', '--untrained'), '--model has resnet8_cifar twice')
     fails(gates('resnet8_cifar', 'resnet9', '--untrained'), "timm has no model 'resnet9'")
     fails(gates('resnet8_cifar', 'net'), 'net is a folder: give --model local-dir:net')
-    # before there is a download, of which this test would know
+    # these errors come before any download
     fails(gates('resnet8_cifar', 'resnet18'), 'different images: resnet8_cifar 3x32x32, resnet18 3x224x224')
     fails(gates('vgg11', 'resnet18'), 'no place with a gate in common: vgg11: features')
     fails(gates(*pair), 'Give other weights with --checkpoint FILE, or random ones with --untrained')

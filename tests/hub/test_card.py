@@ -1,4 +1,4 @@
-"""Model cards: every one in `hub_configs` is rendered, compared with the code, and its code is run."""
+"""Each card in `hub_configs` is rendered and compared with the code, and the Python blocks in it run."""
 
 import csv
 import json
@@ -99,7 +99,7 @@ def test_the_authors_licence() -> None:
 
 
 def test_results_csv() -> None:
-    """The columns of timm, and what the rows say of the models is true."""
+    """The columns are those of timm, and the rows agree with the models."""
     with open(ROOT / 'results' / 'results-imagenet.csv', newline='') as file:
         rows = list(csv.DictReader(file))
     columns = 'model img_size top1 top1_err top5 top5_err param_count crop_pct interpolation source'
@@ -127,7 +127,7 @@ for block in json.load(open(sys.argv[1])):
 @pytest.mark.slow
 @pytest.mark.parametrize('tag', [*TAGS, 'digits'])
 def test_code_runs(tag, tmp_path) -> None:
-    """Every block of a card, as it is on the Hub after a push: `pip install` and Python."""
+    """Every block of a pushed card runs: `pip install` and Python."""
     torch.manual_seed(0)
     folder = tmp_path / 'folder'
     model = timm.create_model('atac_resnet8_cifar', **DIGITS) if tag == 'digits' else timm.create_model(tag)
@@ -161,7 +161,7 @@ def test_code_runs(tag, tmp_path) -> None:
 
 
 def test_without_facts(tmp_path) -> None:
-    """A card of a network that nothing is known of has no empty sections."""
+    """A card without facts has no empty sections."""
     kwargs: dict[str, Any] = dict(act_layer='atac', num_classes=3)
     save_folder(timm.create_model('resnet18', **kwargs), tmp_path, kwargs)
     config = read_config(tmp_path)
@@ -183,7 +183,7 @@ def test_without_facts(tmp_path) -> None:
 
 
 def check_text(card: str) -> None:
-    """Nothing is left of the template, and the Hub takes the front matter."""
+    """Check that no piece of the template is left and that the Hub accepts the front matter."""
     assert not re.search(r'\n\n\n|None|\{\{|\{%| \n', card)
     assert not card_errors(card)
 

@@ -1,4 +1,4 @@
-"""Folders in timm's Hub format: what is written, what loads them, and what is wrong with those that do not load."""
+"""Folders in timm's Hub format: how they are written and loaded, and the errors for those that do not load."""
 
 import json
 import os
@@ -28,7 +28,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
 
 @pytest.mark.parametrize('name, kwargs', CASES, ids=str)
 def test_round_trip(name, kwargs, tmp_path) -> None:
-    """By us, by timm and by transformers, the same logits to the bit."""
+    """The network loaded by us and by timm gives the same logits to the bit."""
     torch.manual_seed(0)
     model: Any = timm.create_model(name, **kwargs).eval()
     save_folder(model, tmp_path, kwargs)
@@ -41,7 +41,7 @@ def test_round_trip(name, kwargs, tmp_path) -> None:
 
 
 def test_weights_that_are_not_contiguous(tmp_path) -> None:
-    """safetensors refuses such weights; the model stays as it is."""
+    """safetensors refuses such weights; they are written from a copy, and the model does not change."""
     model: Any = timm.create_model('atac_resnet8_cifar').to(memory_format=torch.channels_last)
     model.fc.weight.data = model.fc.weight.data.t().contiguous().t()
     save_folder(model, tmp_path)
@@ -54,7 +54,7 @@ def test_weights_that_are_not_contiguous(tmp_path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize('name, kwargs', [CASES[0], CASES[1], CASES[6]], ids=str)
 def test_transformers(name, kwargs, tmp_path) -> None:
-    """Without an argument that is said twice, and with the labels of the folder."""
+    """transformers loads the folder with its labels; it would refuse num_classes in model_args."""
     transformers = pytest.importorskip('transformers')
     torch.manual_seed(0)
     model: Any = timm.create_model(name, **kwargs).eval()
@@ -91,7 +91,7 @@ def test_a_replaced_host_claims_nothing_of_the_host(tmp_path) -> None:
 
 
 def test_what_others_wrote(tmp_path) -> None:
-    """Of timm's own save_for_hf, and of replace_activations."""
+    """A folder of timm's own save_for_hf with a network of replace_activations."""
     model: Any = timm_atac.replace_activations(timm.create_model('resnet18', num_classes=3), where='layer4.*')
     args = model.replaced_activations.model_args  # timm knows them since 1.0.31
     timm.models.save_for_hf(model, str(tmp_path), safe_serialization=True, model_args=args)
@@ -204,7 +204,7 @@ def test_export_overwrites_nothing(tmp_path) -> None:
 
 
 def test_without_matplotlib(tmp_path, monkeypatch, caplog) -> None:
-    """A folder without a picture, and a card that does not speak of one."""
+    """The folder has no picture, the card does not mention one, and a warning says why."""
     for name in ('matplotlib', 'matplotlib.cbook'):
         monkeypatch.setitem(sys.modules, name, None)
     export(timm.create_model('atac_resnet8_cifar'), tmp_path / 'net')

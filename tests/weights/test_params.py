@@ -60,7 +60,7 @@ def test_any_bytes(data) -> None:
 
 @pytest.mark.parametrize('stem', ['cifar_b1_atac', 'cifar_b1_atac_fp16'])
 def test_files_of_mxnet(stem, tmp_path) -> None:
-    """Two files that MXNet 1.9.1 wrote, which ours writes to the byte."""
+    """Two files that MXNet 1.9.1 has written are read, and written again byte for byte."""
     arrays = timm_atac.read_params(DATA / f'{stem}.params')
     assert len(arrays) == 113
     assert arrays['features.2.0.msAA1.module.0.weight'].shape == (8, 16, 1, 1)
