@@ -82,9 +82,7 @@ class LoopbackHub:
         self.requests: list[tuple[str, str]] = []  # method and path
         self.fail = Failures()
         self.lock = threading.Lock()
-        self.signatures: dict[
-            str, tuple[Repository, str, int]
-        ] = {}  # of an upload -> repository, sha256, size
+        self.signatures: dict[str, tuple[Repository, str, int]] = {}  # of an upload -> repository, sha256, size
         self._server: _Server | None = None
         self._port = 0
 
