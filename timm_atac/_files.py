@@ -1,8 +1,9 @@
-"""Files and folders that are there complete or not at all, whatever happens while they are written."""
+"""Files and folders that appear complete or not at all, even if the program stops while it writes them."""
 
 import os
+import secrets
 import shutil
-import tempfile
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,64 +14,66 @@ __all__ = ['check_free', 'new_folder', 'replaced_file']
 
 @contextmanager
 def replaced_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to write that takes the place of `path` at the end, unless there was an exception.
+    """Open a temporary file that replaces `path` at the end of the `with` block; after an exception it is deleted.
 
     Raises:
-        IsADirectoryError: There is a folder at `path`.
+        IsADirectoryError: `path` is a folder.
     """
     if path.is_dir():
         raise IsADirectoryError(f'{path} is a folder; give the name of a file.')
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f'.{path.name}.', dir=path.parent)
+    temporary = _temporary_path(path)
+    file = open(temporary, 'xb')  # the kernel applies the umask, which a program can only read by changing it
     try:
-        with open(handle, 'wb') as file:
+        with file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(name, 0o666 & ~_umask())
-        os.replace(name, path)
+        os.replace(temporary, path)
     except BaseException:
-        os.unlink(name)
+        os.unlink(temporary)
         raise
 
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A folder to fill that becomes `path` at the end, unless there was an exception.
+    """Make a temporary folder that becomes `path` at the end of the `with` block; after an exception it is deleted.
 
     Raises:
-        FileExistsError: There is something at `path`, and it is no empty folder.
+        FileExistsError: `path` exists and is not an empty folder.
     """
     check_free(path)
     path = path.absolute()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    name = tempfile.mkdtemp(prefix=f'.{path.name}.', dir=path.parent)
+    temporary = _temporary_path(path)
+    temporary.mkdir()
     try:
-        yield Path(name)
-        for inside in (Path(name), *Path(name).rglob('*')):  # some writers keep theirs to the user
-            os.chmod(inside, (0o777 if inside.is_dir() else 0o666) & ~_umask())
+        yield temporary
+        mode = stat.S_IMODE(temporary.stat().st_mode)
+        for inside in temporary.rglob('*'):
+            if inside.is_symlink():  # its target may be outside of the folder
+                continue
+            os.chmod(inside, mode if inside.is_dir() else mode & 0o666)  # safetensors writes files as 0600
             if inside.is_file():
                 with open(inside, 'rb+') as file:
-                    os.fsync(file.fileno())  # so that it is whole after a loss of power, too
+                    os.fsync(file.fileno())  # the content survives a loss of power
         if path.exists():
-            path.rmdir()  # empty; a rename onto a folder is an error on Windows
-        os.rename(name, path)
+            path.rmdir()  # it is empty; Windows cannot rename onto a folder
+        os.rename(temporary, path)
     except BaseException:
-        shutil.rmtree(name)
+        shutil.rmtree(temporary)
         raise
 
 
 def check_free(path: Path) -> None:
-    """Make sure that nothing is in the way of a new file or folder.
+    """Make sure that a new file or folder can take this path.
 
     Raises:
-        FileExistsError: There is something at `path`, and it is no empty folder.
+        FileExistsError: `path` exists and is not an empty folder.
     """
     if path.is_symlink() or (path.exists() and not (path.is_dir() and not any(path.iterdir()))):
-        raise FileExistsError(f'{path} is there already; give another name, or remove it first.')
+        raise FileExistsError(f'{path} exists already; give another name, or remove it first.')
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def _temporary_path(path: Path) -> Path:
+    """Create the parent folder; return a hidden path in it that nobody else uses."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path.with_name(f'.{path.name}.{secrets.token_hex(8)}')

@@ -1,10 +1,10 @@
 #!/usr/bin/env python
-"""Looks for a `.params` file that makes the parser raise anything but `ParamsError`, crash, hang or swell.
+"""Searches for a `.params` file on which the parser crashes, hangs, takes too much memory or raises a wrong error.
 
     pip install atheris && python tools/fuzz_params.py --runs 1000000     # guided by coverage (libFuzzer)
     python tools/fuzz_params.py --mutate --runs 1000000                   # random changes to valid files
 
-A finding ends the run with its traceback; libFuzzer also saves the file.
+The only right error is `ParamsError`. Any other result ends the run with a traceback; libFuzzer also saves the file.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from timm_atac.weights.params import ParamsError, parse_params
 
 
 def check(data: bytes) -> bool:
-    """Whether it is a valid file. What is read from it must be of the file's size and readable."""
+    """True if the file is valid. Its arrays must be readable and together not larger than the file."""
     try:
         arrays = parse_params(data)
     except ParamsError as error:
@@ -37,14 +37,14 @@ def mutations(runs: int, seed: int) -> str:
     files = samples()
     valid = 0
     for run in range(runs):
-        # every fourth is a change of a change
+        # every fourth file is changed twice
         data = mutate(rng.choice(files), rng)
         valid += check(mutate(data, rng) if run % 4 == 0 else data)
     return f'{runs} mutations, seed {seed}: {valid} valid files, {runs - valid} times ParamsError, nothing else'
 
 
 def guided(runs: int, seed: int) -> None:
-    """libFuzzer, which ends the process after the last run."""
+    """Run libFuzzer, which ends the process after the last run."""
     import atheris
 
     from timm_atac.weights import params

@@ -1,4 +1,4 @@
-"""`timm-atac`, as it is typed."""
+"""`timm-atac` by its command lines."""
 
 import argparse
 import io
@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from PIL import Image
 from timm_atac import read_params, write_params
 from timm_atac.cli.main import main
 from timm_atac.gates.pictures import compare_picture, gates_picture
-from timm_atac.hub.facts import _FACTS
+from timm_atac.hub.facts import CardFacts
 from timm_atac.weights.convert import to_arrays, to_state_dict
 from timm_atac.weights.pretrained import git_blob_id
 from timm_atac.weights.published import PUBLISHED, Published
@@ -67,13 +68,13 @@ def test_convert_and_back(run, tmp_path) -> None:
     assert set(back) == set(arrays)
     assert all(np.array_equal(back[name], array) for name, array in arrays.items())
     fails(run('convert', 'a folder/net', 'back'), 'back: expected FILE.params')
-    fails(run('convert', 'a folder/net', 'back.params'), 'back.params is there already; give another name')
-    fails(run('convert', PARAMS, 'a folder/net', '--model', 'atac_resnet8_cifar'), 'is there already')
+    fails(run('convert', 'a folder/net', 'back.params'), 'back.params exists already; give another name')
+    fails(run('convert', PARAMS, 'a folder/net', '--model', 'atac_resnet8_cifar'), 'exists already')
     assert sorted(os.listdir('.')) == ['a folder', 'back.params']
 
 
 def test_convert_a_variant(run, tmp_path) -> None:
-    """The ways of the authors' network that are arguments of ours, one of them with a registered tag's labels."""
+    """A network with other arguments than the default, under a registered tag."""
     kwargs: dict[str, Any] = dict(act_layer='se_act', atac_stages=(3, 4), num_classes=100)
     torch.manual_seed(0)
     source: Any = timm.create_model('resnet14_cifar', **kwargs).eval()
@@ -90,7 +91,7 @@ def test_convert_a_variant(run, tmp_path) -> None:
 
 @pytest.mark.parametrize('in_chans', [1, 4])
 def test_convert_for_other_inputs(in_chans, run, tmp_path) -> None:
-    """A registered tag brings its classes; a network of four channels has no picture, and says so."""
+    """A registered tag sets the classes; for a network of four channels a warning says why there is no picture."""
     source: Any = timm.create_model('atac_resnet8_cifar', in_chans=in_chans, num_classes=100).eval()
     write_params(tmp_path / 'net.params', to_arrays(source))
     arguments = ('net.params', 'net', '--model', 'atac_resnet8_cifar.cifar100')
@@ -117,13 +118,13 @@ def test_a_network_that_diverged(run, tmp_path) -> None:
 def test_convert_refuses(run) -> None:
     for arguments, message in (
         ((PARAMS, 'x'), '--model is needed for a .params file'),
-        ((PARAMS, 'x', '--model', 'atac_resnet5'), "is none of the authors' networks; expected atac_resnet50 or"),
-        ((PARAMS, 'x', '--model', 'resnet18'), "'resnet18' is none of the authors' networks"),
+        ((PARAMS, 'x', '--model', 'atac_resnet5'), "is not one of the authors' networks; expected atac_resnet50 or"),
+        ((PARAMS, 'x', '--model', 'resnet18'), "'resnet18' is not one of the authors' networks"),
         (
             (PARAMS, 'x', '--model', 'atac_resnet8_cifar', '--tag', 'open_atac_in1k'),
-            'is that of atac_resnet50.open_atac',
+            'belongs to atac_resnet50.open_atac',
         ),
-        ((PARAMS, 'x', '--model', 'atac_resnet8_cifar', '--tag', 'a/b'), "the tag 'a/b' is not part of a name"),
+        ((PARAMS, 'x', '--model', 'atac_resnet8_cifar', '--tag', 'a/b'), "the tag 'a/b' is not valid"),
         (('absent', 'x', '--model', 'atac_resnet50'), "No such file or directory: 'absent'"),
         ((__file__, 'x', '--model', 'atac_resnet50'), 'not a valid .params file: it begins with'),
         (
@@ -134,7 +135,7 @@ def test_convert_refuses(run) -> None:
             (PARAMS, 'x', '--model', 'atac_resnet50', '--tag', 'open_atac_in1k'),
             'expected 68dc6dabee84f1f42746d06553aba6',
         ),
-        ((PARAMS, 'x', '--model', 'atac_resnet8_cifar.cifar10', '--tag', 'mine'), 'name two tags; give one'),
+        ((PARAMS, 'x', '--model', 'atac_resnet8_cifar.cifar10', '--tag', 'mine'), 'give two tags; give one'),
         (
             (PARAMS, 'x', '--model', 'atac_resnet8_cifar', '--model-kwargs', 'rd_ratio'),
             "'rd_ratio': expected KEY=VALUE",
@@ -146,13 +147,13 @@ def test_convert_refuses(run) -> None:
     status, _, errors = run('convert', PARAMS, 'x', '--model', 'atac_resnet14_cifar')
     assert status == 1
     expected = len(to_arrays(timm.create_model('atac_resnet14_cifar')))
-    assert f'The 113 arrays are not the {expected} of this CifarResNet' in errors
+    assert f'The 113 arrays do not fit the {expected} of this CifarResNet' in errors
     assert "missing: 'features.2.1.bn1.gamma' (16,)" in errors
     assert not os.listdir('.')
 
 
 def test_push_of_published_weights(run, monkeypatch, tmp_path) -> None:
-    """Downloaded to timm's cache, checked and converted; without a licence, nothing goes anywhere unasked."""
+    """The weights are downloaded to timm's cache, checked and converted; without a licence the push needs consent."""
     cache = tmp_path / 'torch' / 'hub' / 'checkpoints'
     cache.mkdir(parents=True)
     monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'torch'))
@@ -170,7 +171,7 @@ def test_push_of_published_weights(run, monkeypatch, tmp_path) -> None:
 
     fails(run('push', '--model', NAME), 'No repository given')  # before the download
     monkeypatch.setattr('sys.stdin', io.StringIO())
-    fails(run('push', '--model', NAME, '--repo', 'me/net'), 'me/net: the weights have no licence; say --yes')
+    fails(run('push', '--model', NAME, '--repo', 'me/net'), 'me/net: the weights have no licence; give --yes')
 
 
 def test_push_asks(run, monkeypatch) -> None:
@@ -184,7 +185,7 @@ def test_push_asks(run, monkeypatch) -> None:
     monkeypatch.setattr('sys.stdin.isatty', lambda: True, raising=False)
     monkeypatch.setattr('builtins.input', answer)
     fails(run('push', 'net', '--repo', 'me/net'), 'Nothing was pushed.')
-    assert questions == ['Upload weights that have no licence to me/net all the same? [y/N] ']
+    assert questions == ['Push weights that have no licence to me/net anyway? [y/N] ']
     fails(run('push', '--model', 'atac_resnet18.untrained'), "'atac_resnet18.untrained' has no published weights")
 
 
@@ -202,12 +203,12 @@ def test_card(run) -> None:
     assert 'Of mine.' in card and 'license: mit' in card and 'Grace Hopper' not in card
     assert Path('net/gates.png').read_bytes() != before
 
-    # what the folder has stays, and after an error all of it
+    # facts and picture of the folder stay; after an error nothing has changed
     picture = Path('net/gates.png').read_bytes()
     assert run('card', 'net')[0] == 0
     assert (Path('net/README.md').read_text(), Path('net/gates.png').read_bytes()) == (card, picture)
     Path('facts.yaml').write_text('colour: red')
-    fails(run('card', 'net', '--facts', 'facts.yaml', '--image', 'red.png'), 'colour is not a fact of a card')
+    fails(run('card', 'net', '--facts', 'facts.yaml', '--image', 'red.png'), 'unknown colour in facts')
     assert (Path('net/README.md').read_text(), Path('net/gates.png').read_bytes()) == (card, picture)
     Path('net/gates.png').unlink()
     assert run('card', 'net')[0] == 0
@@ -247,15 +248,15 @@ def test_gates(run) -> None:
     fails(gates('resnet8_cifar', *kwargs, '--checkpoint', 'code.pth'), 'code.pth does not load into CifarResNet: ')
     fails(gates('atac_resnet8_cifar', '--checkpoint', 'c.pth'), 'c.pth does not load into CifarResNet: Error(s) in')
     fails(gates('atac_resnet18', '--checkpoint', 'absent.pth'), 'absent.pth is not a file')
-    fails(gates('net'), 'net is a folder: say --model local-dir:net')
+    fails(gates('net'), 'net is a folder: give --model local-dir:net')
     fails(gates('atac_resnet18', '-o', 'x.jpg'), '-o x.jpg: expected the name of a PNG file')
     fails(gates('atac_resnet18', '--model-kwargs', 'checkpoint_path=x'), 'is not an argument of the network itself')
     fails(
         run('gates', 'red.png', '--model', 'atac_resnet18'),
-        'elsewhere: --checkpoint FILE; for random ones: --untrained',
+        'Give other weights with --checkpoint FILE, or random ones with --untrained',
     )
     fails(gates('resnet8_cifar', '--untrained'), 'has no unit with a gate')
-    fails(gates('atac_resnet9'), "timm knows no model 'atac_resnet9'")
+    fails(gates('atac_resnet9'), "timm has no model 'atac_resnet9'")
     fails(
         run('gates', 'absent.png', '--model', 'atac_resnet18', '--untrained'), "No such file or directory: 'absent.png'"
     )
@@ -263,7 +264,7 @@ def test_gates(run) -> None:
 
 
 def test_gates_of_one_model_are_those_of_gates_picture(run) -> None:
-    """Whether there could be several or not."""
+    """The picture is that of `gates_picture`, and the table has its gates."""
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8))
     image.save('image.png')
     status, output, _ = run('gates', 'image.png', '--model', 'atac_resnet8_cifar', '--checkpoint', PARAMS)
@@ -324,12 +325,12 @@ def test_gates_of_several_models(run) -> None:
     fails(gates(*pair, '--checkpoint', 'relu.pth'), '--checkpoint has 1 files for 2 models: expected one for each')
     fails(gates(*pair, '--checkpoint', 'relu.pth', 'absent.pth'), 'absent.pth is not a file')
     fails(gates('resnet8_cifar', 'resnet8_cifar', '--untrained'), '--model has resnet8_cifar twice')
-    fails(gates('resnet8_cifar', 'resnet9', '--untrained'), "timm knows no model 'resnet9'")
-    fails(gates('resnet8_cifar', 'net'), 'net is a folder: say --model local-dir:net')
-    # before there is a download, of which this test would know
+    fails(gates('resnet8_cifar', 'resnet9', '--untrained'), "timm has no model 'resnet9'")
+    fails(gates('resnet8_cifar', 'net'), 'net is a folder: give --model local-dir:net')
+    # these errors come before any download
     fails(gates('resnet8_cifar', 'resnet18'), 'different images: resnet8_cifar 3x32x32, resnet18 3x224x224')
     fails(gates('vgg11', 'resnet18'), 'no place with a gate in common: vgg11: features')
-    fails(gates(*pair), 'elsewhere: --checkpoint FILE; for random ones: --untrained')
+    fails(gates(*pair), 'Give other weights with --checkpoint FILE, or random ones with --untrained')
     with pytest.raises(SystemExit):
         run('gates', '--model', *pair, 'red.png')  # the image is taken for a model: the usage puts it first
 
@@ -356,8 +357,10 @@ def test_help() -> None:
         assert result.returncode == 0
         assert result.stdout.endswith('False\n')
         assert command == 'list' or f'    timm-atac {command} ' in result.stdout
-        assert command != 'card' or all(f' {name}' in result.stdout.replace('\n', ' ') for name in _FACTS)
-    result = subprocess.run([sys.executable, '-m', 'timm_atac.cli.main'], capture_output=True, text=True)
+        assert command != 'card' or all(
+            f' {fact.name}' in result.stdout.replace('\n', ' ') for fact in fields(CardFacts)
+        )
+    result = subprocess.run([sys.executable, '-m', 'timm_atac.cli'], capture_output=True, text=True)
     assert result.returncode == 2 and 'required: COMMAND' in result.stderr
 
 
@@ -373,5 +376,5 @@ def test_interrupted(run, monkeypatch) -> None:
     monkeypatch.setattr('timm_atac.hub.export.render', interrupt)
     status, _, errors = run('convert', PARAMS, 'net', '--model', 'atac_resnet8_cifar')
     assert status == 130
-    assert 'nothing is left half written' in errors
+    assert 'no file is incomplete' in errors
     assert not os.listdir('.')

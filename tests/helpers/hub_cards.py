@@ -1,4 +1,4 @@
-"""What the Hub checks in the metadata of a model card."""
+"""The checks of the Hub on the metadata of a model card."""
 
 import re
 from collections.abc import Iterable
@@ -7,7 +7,7 @@ from typing import Any
 import yaml  # type: ignore[import-untyped]
 
 RESULT = {'task': {'type': str}, 'dataset': {'type': str, 'name': str}, 'metrics': [{'type': str, 'value': object}]}
-CARD = {  # what these keys of a README.md's metadata have to be, if they are there
+CARD = {  # the types of these keys in the metadata of a README.md; each key is optional
     'model-index': [{'name': str, 'results': [RESULT]}],
     'tags': [str],
     'library_name': str,
@@ -29,7 +29,7 @@ LICENSES = """
 
 
 def card_metadata(card: str) -> Any:
-    """What a README.md has between its `---` lines, None without any; an error of PyYAML's."""
+    """Return the metadata between the `---` lines of a README.md, None if there is none. Raises PyYAML's errors."""
     found = re.match(r'\s*---[ \t]*\r?\n(.*?)^---[ \t]*\r?$', card, re.DOTALL | re.MULTILINE)
     return yaml.safe_load(found[1]) if found else None
 
@@ -54,7 +54,7 @@ def card_errors(card: str) -> list[str]:
 
 
 def mismatches(value: Any, schema: Any, at: str) -> Iterable[str]:
-    """Where a value isn't of a schema: a type, a list of one schema, or a dictionary of required keys."""
+    """Return where a value does not fit a schema: a type, a list of one schema, or a dictionary of required keys."""
     kind: Any = schema if isinstance(schema, type) else type(schema)
     if value is None:
         yield f'"{at}" is required'

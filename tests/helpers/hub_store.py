@@ -1,4 +1,4 @@
-"""The repositories of `loopback_hub`: files, commits, and the large files that uploads leave."""
+"""The repositories of `loopback_hub`: files, commits, and the storage of uploaded large files."""
 
 import base64
 from dataclasses import dataclass, field
@@ -12,7 +12,7 @@ LFS_SUFFIXES = ('.bin', '.ckpt', '.h5', '.onnx', '.png', '.pt', '.pth', '.safete
 
 
 class HubError(Exception):
-    """An answer that isn't a success: its status, its message and, where the Hub has one, its `X-Error-Code`."""
+    """An error that the Hub answers: status, message and, if the Hub has one for it, `X-Error-Code`."""
 
     def __init__(
         self, status: int, message: str, code: str = '', headers: dict[str, str] | None = None, **body: Any
@@ -91,7 +91,7 @@ class Repository:
 
 
 def commit_line(line: dict[str, Any], files: dict[str, File], objects: dict[str, bytes]) -> None:
-    """Apply a line of a commit to its files."""
+    """Apply one line of a commit to its files."""
     key, value = line['key'], line['value']
     path = value['path'].rstrip('/')
     if any(part in ('', '.', '..', '.git') for part in path.split('/')):
@@ -115,7 +115,7 @@ def commit_line(line: dict[str, Any], files: dict[str, File], objects: dict[str,
 
 
 def listing(files: dict[str, File]) -> dict[str, dict[str, Any]]:
-    """Every file and directory, by path, as the Hub describes it."""
+    """Return the Hub's description of every file and directory, by path."""
     entries = {}
     for path, file in sorted(files.items()):
         for parent in map(str, list(PurePosixPath(path).parents)[-2::-1]):

@@ -1,11 +1,12 @@
-"""A small Hugging Face Hub on 127.0.0.1, for tests of what uploads to it and downloads from it.
+"""A small Hugging Face Hub on 127.0.0.1, for tests of uploads and downloads.
 
     with LoopbackHub(tokens={'hf_right': 'me'}) as hub:
         subprocess.run([sys.executable, 'push.py'], env=hub.environment(tmp_path))
         assert hub.commits('me/model')[-1] == ('Upload', ['README.md', 'model.safetensors'])
 
-It knows models with one branch, and answers as the Hub does as far as `huggingface_hub` looks: statuses, headers, error
-codes and messages. `hub.fail` makes it fail. It has no Xet storage and no pull requests: 501 is what it doesn't know.
+It has models with one branch. It answers with the statuses, headers, error codes and messages of the Hub, as far as
+`huggingface_hub` reads them. `hub.fail` makes it fail. It answers 501 to anything else, such as Xet storage or pull
+requests.
 """
 
 import json
@@ -49,16 +50,16 @@ CHUNK = 64 * 1024
 
 @dataclass
 class Failures:
-    """What goes wrong, until it is set back."""
+    """Failures of the Hub, until they are reset."""
 
-    upload_dies_at: int | None = None  # bytes into an LFS upload: the server is gone, until `hub.start()`
-    upload_drops: int = 0  # so many LFS uploads lose their connection half way
-    status: dict[str, int] = field(default_factory=dict)  # an endpoint of ROUTES -> the status it answers
-    corrupt: set[str] = field(default_factory=set)  # paths that are served with one byte flipped
+    upload_dies_at: int | None = None  # after so many bytes of an LFS upload the server stops, until `hub.start()`
+    upload_drops: int = 0  # number of LFS uploads that lose their connection half way
+    status: dict[str, int] = field(default_factory=dict)  # endpoint of ROUTES -> the status that it answers
+    corrupt: set[str] = field(default_factory=set)  # paths that are served with one wrong byte
 
 
 class ConnectionDropped(Exception):
-    """There is no answer."""
+    """The connection closes without an answer."""
 
 
 def byte_range(header: str, size: int) -> tuple[int, int]:
@@ -72,7 +73,7 @@ def byte_range(header: str, size: int) -> tuple[int, int]:
 
 
 class LoopbackHub:
-    """The Hub itself: what it holds, and the server thread. `tokens` are their users', `organizations` have members."""
+    """The content of the Hub and its server thread; `tokens` are token -> user, `organizations` name -> members."""
 
     def __init__(self, tokens: dict[str, str], organizations: dict[str, set[str]] | None = None) -> None:
         self.tokens = tokens
@@ -81,7 +82,7 @@ class LoopbackHub:
         self.requests: list[tuple[str, str]] = []  # method and path
         self.fail = Failures()
         self.lock = threading.Lock()
-        self.signatures: dict[str, tuple[Repository, str, int]] = {}  # of an upload's URL: repository, sha256, size
+        self.signatures: dict[str, tuple[Repository, str, int]] = {}  # of an upload -> repository, sha256, size
         self._server: _Server | None = None
         self._port = 0
 
@@ -93,13 +94,13 @@ class LoopbackHub:
         self.stop()
 
     def start(self) -> None:
-        """Listen: after `stop`, or after a death, on the same port and with everything that was committed."""
+        """Start the server. After a stop or a failure it has the same port and all commits."""
         self._server = _Server(self, self._port)
         self._port = self._server.server_address[1]
         threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
 
     def stop(self) -> None:
-        """Close every connection and listen no more."""
+        """Stop the server and close every connection."""
         server, self._server = self._server, None
         if server:
             server.shutdown()
@@ -111,7 +112,7 @@ class LoopbackHub:
         return f'http://127.0.0.1:{self._port}'
 
     def environment(self, home: str | os.PathLike, token: str | None = None) -> dict[str, str]:
-        """A client's environment: its cache in `home`, its token the first one ('' for none), no way to elsewhere."""
+        """Return a client's environment: cache in `home`, the first token by default ('' for none), this Hub only."""
         alien = re.compile(r'hf_|hugging|transformers_|.*_proxy', re.IGNORECASE)
         token = next(iter(self.tokens), '') if token is None else token
         return {key: value for key, value in os.environ.items() if not alien.match(key)} | {
@@ -126,11 +127,11 @@ class LoopbackHub:
         }
 
     def files(self, name: str) -> dict[str, bytes]:
-        """The content of every file at the head, by path."""
+        """Return the content of every file of the last commit, by path."""
         return {path: file.data for path, file in self.repositories[name].at('main').files.items()}
 
     def commits(self, name: str) -> list[tuple[str, list[str]]]:
-        """The message and the changed paths of every commit; the first is the Hub's own, of `.gitattributes`."""
+        """Return message and changed paths of every commit; the Hub itself makes the first, with `.gitattributes`."""
         return [(commit.message, commit.changed) for commit in self.repositories[name].history]
 
     def owns(self, user: str, name: str) -> bool:
@@ -349,7 +350,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def upload(self, repo: str, oid: str) -> None:
         repository, signed, size = self.hub.signatures.get(self.query.get('signature', ''), (None, '', 0))
-        if repository is None or (repository.name, signed) != (repo, oid):  # a storage that knows no tokens
+        if repository is None or (repository.name, signed) != (repo, oid):  # the storage checks signatures, not tokens
             raise HubError(403, 'The request signature we calculated does not match the signature you provided')
         if len(self.body) != size or sha256(self.body).hexdigest() != oid:
             raise HubError(400, 'The content does not match its sha256')

@@ -1,4 +1,4 @@
-"""`.params` files of every version, spelled out byte by byte for the tests and the fuzzer, and ways to break them."""
+"""Makes `.params` files of every version byte by byte, and damages them, for the tests and the fuzzer."""
 
 import random
 import struct
@@ -12,7 +12,7 @@ MAGIC = {'V1': 0xF993FAC8, 'V2': 0xF993FAC9, 'V3': 0xF993FACA}
 
 
 def record(array: np.ndarray, version: str = 'V2', device: tuple[int, int] = (1, 0)) -> bytes:
-    """An array as MXNet saved it; 'legacy' is what was there before V1, with dimensions of 32 bits."""
+    """Return the record of an array as MXNet saved it; 'legacy' is the format before V1, with 32-bit dimensions."""
     head = b'' if version == 'legacy' else struct.pack('<I', MAGIC[version])
     if version in ('V2', 'V3'):
         head += struct.pack('<i', 0)
@@ -31,7 +31,7 @@ NONES = {
 
 
 def listed(records: Mapping[Any, bytes]) -> bytes:
-    """A file of records by name, which may be bytes."""
+    """Return a file with these records by name; a name is text or bytes."""
     names = [name.encode() if isinstance(name, str) else name for name in records]
     return b''.join(
         [
@@ -44,7 +44,7 @@ def listed(records: Mapping[Any, bytes]) -> bytes:
 
 
 def samples() -> list[bytes]:
-    """Small valid files that between them have every version, dtype and kind of shape."""
+    """Return small valid files; together they have every version, dtype and kind of shape."""
     rng = np.random.default_rng(0)
     files = [listed({})]
     for version in ('legacy', 'V1', 'V2', 'V3'):
@@ -64,7 +64,7 @@ INTERESTING = [0, 1, 2, 7, 8, 32, 33, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF, *MAGIC
 
 
 def mutate(data: bytes, rng: random.Random) -> bytes:
-    """Up to four changes: bits, bytes, whole numbers, pieces taken out, repeated or cut off."""
+    """Make up to four changes: to a bit, a byte or an integer, or remove, repeat or cut off a piece."""
     out = bytearray(data)
     for _ in range(rng.randint(1, 4)):
         at = rng.randrange(len(out) + 1)

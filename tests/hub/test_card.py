@@ -1,10 +1,11 @@
-"""Model cards: every one in `hub_configs` is rendered, compared with the code, and its code is run."""
+"""Each card in `hub_configs` is rendered and compared with the code, and the Python blocks in it run."""
 
 import csv
 import json
 import re
 import subprocess
 import sys
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,11 @@ from huggingface_hub import ModelCard
 from loopback_hub import LoopbackHub
 from PIL import Image
 
-from timm_atac.hub.card import name_of, render
+from timm_atac.hub.card import full_name, render
 from timm_atac.hub.export import export
-from timm_atac.hub.facts import CardError, config_folder, read_facts
+from timm_atac.hub.facts import CardError, CardFacts, check_facts, config_folder, read_facts
 from timm_atac.hub.profile import profile
-from timm_atac.hub.push import check
+from timm_atac.hub.push import check_folder
 from timm_atac.weights.folder import read_config, save_folder
 from timm_atac.weights.published import PUBLISHED
 
@@ -98,7 +99,7 @@ def test_the_authors_licence() -> None:
 
 
 def test_results_csv() -> None:
-    """The columns of timm, and what the rows say of the models is true."""
+    """The columns are those of timm, and the rows agree with the models."""
     with open(ROOT / 'results' / 'results-imagenet.csv', newline='') as file:
         rows = list(csv.DictReader(file))
     columns = 'model img_size top1 top1_err top5 top5_err param_count crop_pct interpolation source'
@@ -126,15 +127,15 @@ for block in json.load(open(sys.argv[1])):
 @pytest.mark.slow
 @pytest.mark.parametrize('tag', [*TAGS, 'digits'])
 def test_code_runs(tag, tmp_path) -> None:
-    """Every block of a card, as it is on the Hub after a push: `pip install` and Python."""
+    """Every block of a pushed card runs: `pip install` and Python."""
     torch.manual_seed(0)
     folder = tmp_path / 'folder'
     model = timm.create_model('atac_resnet8_cifar', **DIGITS) if tag == 'digits' else timm.create_model(tag)
     export(model, folder)
-    package = check(folder, 'me/net')
+    repo = check_folder(folder, 'me/net').repo
     with LoopbackHub(tokens={'hf_right': 'me'}) as hub:
         env = {**hub.environment(tmp_path / 'home'), 'TIMM_ATAC_HUB_ORG': '', 'PIP_NO_INDEX': '1'}
-        push = [sys.executable, '-m', 'timm_atac.cli.main', 'push', folder, '--repo', package.repo, '--yes']
+        push = [sys.executable, '-m', 'timm_atac.cli', 'push', folder, '--repo', repo, '--yes']
         subprocess.run(push, env=env, check=True, capture_output=True)
         card = hub.files('me/net')['README.md'].decode()
         assert len(re.findall('^```', card, re.MULTILINE)) % 2 == 0
@@ -160,12 +161,12 @@ def test_code_runs(tag, tmp_path) -> None:
 
 
 def test_without_facts(tmp_path) -> None:
-    """A card of a network that nothing is known of has no empty sections."""
+    """A card without facts has no empty sections."""
     kwargs: dict[str, Any] = dict(act_layer='atac', num_classes=3)
     save_folder(timm.create_model('resnet18', **kwargs), tmp_path, kwargs)
     config = read_config(tmp_path)
     card = render(config)
-    assert name_of(config) == 'resnet18.a1_in1k'
+    assert full_name(config) == 'resnet18.a1_in1k'
     assert '- **License:** not stated\n' in card
     assert re.findall('^##+ (.*)', card, re.MULTILINE) == [
         'Model Details',
@@ -182,7 +183,7 @@ def test_without_facts(tmp_path) -> None:
 
 
 def check_text(card: str) -> None:
-    """Nothing is left of the template, and the Hub takes the front matter."""
+    """Check that no piece of the template is left and that the Hub accepts the front matter."""
     assert not re.search(r'\n\n\n|None|\{\{|\{%| \n', card)
     assert not card_errors(card)
 
@@ -195,7 +196,9 @@ def test_text(tag) -> None:
 def test_facts_without_a_value(tmp_path) -> None:
     (tmp_path / 'card.yaml').write_text('description: null\npapers:\ndatasets: [{name: mine, id: null}]')
     facts = read_facts(tmp_path / 'card.yaml')
-    assert list(facts) == ['datasets']
+    export(timm.create_model('atac_resnet8_cifar'), tmp_path / 'net', facts)
+    written = yaml.safe_load((tmp_path / 'net' / 'card.yaml').read_text())
+    assert sorted(written) == ['datasets', 'picture_credit']
     card = render(read_config(folder_of(TAGS[0])), facts)
     assert '- **Dataset:** mine\n' in card and '\ndatasets:' not in card
     check_text(card)
@@ -220,31 +223,63 @@ def test_a_network_without_feature_maps(tmp_path) -> None:
 
 def test_picture() -> None:
     card = render_tag(TAGS[0], picture='gates.png')
-    assert '![What the gates do on an image, unit by unit](gates.png)' in card
+    assert '![The gates of each unit on an image](gates.png)' in card
     assert 'gates.png' not in render_tag(TAGS[0])
 
 
 @pytest.mark.parametrize(
     'text, message',
     [
-        ('licence: mit', 'licence is not a fact of a card; expected description, license'),
-        ('[1, 2]', 'are a list, expected a mapping'),
+        ('licence: mit', 'unknown licence in facts, expected description, license, license_name'),
+        ('[1, 2]', r'facts is \[1, 2\], expected a mapping'),
         ('a: [', 'is not YAML'),
-        ('description: [x]', r"description is \['x'\], expected a str"),
+        ('description: [x]', r"description is \['x'\], expected a text"),
         ('citations: hello', "citations is 'hello', expected a list"),
-        ('hyperparameters: 3', 'hyperparameters is 3, expected a dict'),
-        ('papers: [{title: x}]', 'papers has an entry without url'),
-        ('papers: [x]', "papers has an entry without title, url: 'x'"),
+        ('citations: [3]', r'citations\[0\] is 3, expected a text'),
+        ('hyperparameters: 3', 'hyperparameters is 3, expected a mapping'),
+        ('papers: [{title: x}]', r"papers\[0\] has no url: \{'title': 'x'\}"),
+        ('papers: [{title: x, url: null}]', r'papers\[0\] has no url'),
+        ('papers: [x]', r"papers\[0\] is 'x', expected a mapping"),
+        ('datasets: [{name: x, ID: x}]', r'unknown ID in datasets\[0\], expected name, id'),
         (
             'results: [{dataset: x, id: x, split: x, source: {}, metrics: {a: 1}}]',
-            'results.source has .* without name, url',
+            r'results\[0\].source has no name, url',
         ),
-        ('results: [{dataset: x, id: x, split: x, source: {name: x, url: x}, metrics: {a: 7 %}}]', 'expected numbers'),
-        ('comparison: {text: x, rows: [{model: x}]}', 'comparison.rows has an entry without params, gmacs'),
+        (
+            'results: [{dataset: x, id: x, split: x, source: {name: x, url: x}, metrics: {a: 7 %}}]',
+            r"results\[0\].metrics.a is '7 %', expected a number",
+        ),
+        ('comparison: {text: x, rows: [{model: x}]}', r'comparison.rows\[0\] has no params, gmacs, top1, source: '),
+        (
+            'comparison: {text: x, rows: [{model: x, params: 1, gmacs: 1, top1: good, top5: null, source: x}]}',
+            r"comparison.rows\[0\].top1 is 'good', expected a number",
+        ),
     ],
 )
 def test_wrong_facts(text, message, tmp_path) -> None:
-    (tmp_path / 'card.yaml').write_text(text)
-    config = read_config(folder_of(TAGS[0]))
-    with pytest.raises(CardError, match=message):
-        render(config, read_facts(tmp_path / 'card.yaml'))
+    path = tmp_path / 'card.yaml'
+    path.write_text(text)
+    with pytest.raises(CardError, match=f'^{re.escape(str(path))}.*{message}'):
+        read_facts(path)
+
+
+def test_all_wrong_facts_in_one_error(tmp_path) -> None:
+    """The error names the file and each fact, so that one run shows all that has to be changed."""
+    path = tmp_path / 'card.yaml'
+    path.write_text('licence: mit\ndescription: 3\npapers: [{title: x}, {title: 4, url: x}]\ncomparison: {text: x}')
+    with pytest.raises(CardError) as caught:
+        read_facts(path)
+    names = [field.name for field in fields(CardFacts)]
+    assert str(caught.value) == (
+        f'{path}: unknown licence in facts, expected {", ".join(names)}; description is 3, expected a text; '
+        "papers[0] has no url: {'title': 'x'}; papers[1].title is 4, expected a text; "
+        "comparison has no rows: {'text': 'x'}."
+    )
+
+
+@pytest.mark.parametrize('tag', TAGS)
+def test_facts_that_are_given_are_kept(tag) -> None:
+    """No fact of a file is lost or changed by the check."""
+    facts = read_facts(folder_of(tag) / 'card.yaml')
+    checked = asdict(check_facts(facts))
+    assert {name: checked[name] for name in facts} == facts

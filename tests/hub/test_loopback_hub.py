@@ -1,4 +1,4 @@
-"""tests/helpers/loopback_hub.py, by `huggingface_hub` itself"""
+"""`huggingface_hub` as a client of tests/helpers/loopback_hub.py."""
 
 import json
 import os
@@ -70,7 +70,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def client(hub: LoopbackHub, folder: Path, tmp_path: Path) -> Client:
-    """Run code in a process that has only this Hub; what it gives to `answer`."""
+    """Run code in a process that can only reach this Hub; returns what the code gives to `answer`."""
 
     def run(code: str, token: str | None = None, **env: str) -> list[Any]:
         env = {**hub.environment(tmp_path / 'home', token), 'FOLDER': str(folder), **env}
@@ -249,7 +249,7 @@ answer(error(push), naps, error(api.model_info, 'me/model'))
 def test_passing_failures(hub, folder, client) -> None:
     hub.fail = Failures(upload_drops=1, status={'commit': 500}, corrupt={'model.safetensors'})
     failed, naps, _ = client("api.create_repo('me/model'); answer(error(push), naps)")
-    assert failed[:2] == ['HfHubHTTPError', 500] and naps == [1]  # of the upload: a commit isn't tried again
+    assert failed[:2] == ['HfHubHTTPError', 500] and naps == [1]  # the upload is tried again, the commit is not
     assert len(hub.commits('me/model')) == 1
     hub.fail.status.clear()
     path, _ = client("push(); answer(hf_hub_download('me/model', 'model.safetensors'))")

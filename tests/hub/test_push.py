@@ -1,4 +1,4 @@
-"""`timm-atac push` and timm's way back, against a Hub on loopback, each in a fresh process."""
+"""`timm-atac push` to a Hub on 127.0.0.1 and the download by timm, each in a fresh process."""
 
 import json
 import subprocess
@@ -40,7 +40,7 @@ for token, *arguments in json.loads(sys.argv[1]):
     results.append((status, output.getvalue(), errors.getvalue()))
 print(json.dumps(results))
 """
-# what a user of timm writes: nothing of ours is imported
+# the code of a user of timm, without an import of timm_atac
 PULL = """
 import sys, timm, torch
 from safetensors.torch import load_file, save_file
@@ -136,9 +136,9 @@ def test_round_trip(hub, run, digits, tmp_path) -> None:
     assert f'Nothing has changed in {hub.endpoint}/me/digits' in again.stdout
     assert len(hub.commits('me/digits')) == 2
 
-    # a card without a picture takes the old one with it
+    # with a card without a picture, the old picture is deleted
     (folder / 'gates.png').unlink()
-    assert 'shows gates.png, which is not there' in error_of(run(PUSH, folder, '--repo', 'me/digits'))
+    assert 'shows gates.png, which is missing' in error_of(run(PUSH, folder, '--repo', 'me/digits'))
     text = (folder / 'README.md').read_text()
     (folder / 'README.md').write_text(text.replace('](gates.png)', ']'))
     assert run(PUSH, folder, '--repo', 'me/digits').returncode == 0
@@ -147,7 +147,7 @@ def test_round_trip(hub, run, digits, tmp_path) -> None:
 
 @pytest.mark.slow
 def test_refusals(hub, run, folder) -> None:
-    """Why a push cannot be, in one line with the remedy; the Hub stays as it was."""
+    """A push that fails says why and what to do in one line, and the Hub does not change."""
     right, name = 'hf_right', 'me/atac_resnet8_cifar.cifar10'
 
     def errors(*pushes: tuple[str, ...], **env: str) -> list[str]:
@@ -172,14 +172,14 @@ def test_refusals(hub, run, folder) -> None:
     assert "use one with write access to 'them'" in found[2]
     assert "'me/a..b' is not the name of a repository" in found[3]
     assert 'expected OWNER/NAME' in found[4]
-    assert 'say --repo OWNER/NAME, or set TIMM_ATAC_HUB_ORG' in found[5]
+    assert 'give --repo OWNER/NAME, or set TIMM_ATAC_HUB_ORG' in found[5]
     (offline,) = errors((right, '--repo', 'me/net'), HF_HUB_OFFLINE='1')
     assert 'HF_HUB_OFFLINE is set; unset it' in offline
     (nowhere,) = errors((right, '--repo', 'me/net'), HF_ENDPOINT='http://127.0.0.1:9')
     assert nowhere.startswith('http://127.0.0.1:9 cannot be reached') and 'Nothing is half pushed' in nowhere
     assert not hub.repositories
 
-    # nothing stays of a card that is not fit
+    # after a card that the Hub refuses, the new repository is deleted
     card = folder / 'README.md'
     text = card.read_text()
     card.write_text(text.replace('license: apache-2.0', 'license: other'))
@@ -188,33 +188,33 @@ def test_refusals(hub, run, folder) -> None:
     assert not hub.repositories
     card.write_text(text)
 
-    # a repository that holds something else, or that all can see, stays as it is
+    # a repository with another network, or a public one, does not change
     assert run(PUSH, folder, TIMM_ATAC_HUB_ORG='me').returncode == 0
     assert list(hub.repositories) == [name]
     config = json.loads((folder / 'config.json').read_text())
     other = {**config, 'architecture': 'resnet8_cifar', 'model_args': {'act_layer': 'atac', 'in_chans': 1}}
     (folder / 'config.json').write_text(json.dumps(other))
     taken, public = errors((right, '--repo', name), (right, '--repo', name, '--private'))
-    assert (
-        f'{name} is taken: it holds atac_resnet8_cifar.cifar10, not resnet8_cifar.cifar10. Give another --repo' in taken
-    )
-    assert 'is there and public' in public
+    assert f'{name} holds atac_resnet8_cifar.cifar10, not resnet8_cifar.cifar10: give another --repo' in taken
+    assert 'exists and is public' in public
     assert len(hub.commits(name)) == 2
 
 
 @pytest.mark.slow
 def test_a_push_that_breaks(hub, run, folder) -> None:
-    """A server that dies in the middle of an upload, and one that fails at the commit: nothing half done."""
+    """The server stops in the middle of an upload, or fails at the commit: no commit is incomplete."""
     hub.fail = Failures(upload_dies_at=100_000)
     line = error_of(run(PUSH, folder, '--repo', 'me/net'))
-    assert 'cannot be reached or broke off' in line and 'Nothing is half pushed' in line
+    assert 'cannot be reached, or the connection broke' in line and 'Nothing is half pushed' in line
     hub.fail = Failures()
     hub.start()
-    assert [files for _, files in hub.commits('me/net')] == [['.gitattributes']]  # nobody was there to take it back
+    assert [files for _, files in hub.commits('me/net')] == [
+        ['.gitattributes']
+    ]  # the server was gone, so the repository could not be deleted
 
     hub.fail = Failures(status={'commit': 500})
     assert 'The Hub failed' in error_of(run(PUSH, folder, '--repo', 'me/other', '--private'))
-    assert list(hub.repositories) == ['me/net']  # the one that was made is gone
+    assert list(hub.repositories) == ['me/net']  # the new repository was deleted
 
     hub.fail = Failures()
     assert run(PUSH, folder, '--repo', 'me/net').returncode == 0
@@ -225,7 +225,7 @@ def test_a_push_that_breaks(hub, run, folder) -> None:
 
 @pytest.mark.slow
 def test_pull_of_what_is_broken(hub, run, folder, tmp_path) -> None:
-    """Weights that are damaged on the way, and an architecture that nobody knows, are errors of timm's, not results."""
+    """timm raises an error for weights that are damaged on the way and for an unknown architecture."""
     save_file({'images': torch.zeros(1, 1, 32, 32)}, tmp_path / 'images.safetensors')
     paths = (tmp_path / 'images.safetensors', tmp_path / 'logits.safetensors')
     config = json.loads((folder / 'config.json').read_text())

@@ -186,7 +186,7 @@ def test_no_server(server, cache, monkeypatch) -> None:
 def test_folder_in_the_way(server, cache, monkeypatch) -> None:
     monkeypatch.setattr(stock, 'installed_version', lambda: VERSION)
     (cache / f'timm-scripts-{VERSION}' / 'mine').mkdir(parents=True)
-    assert 'is there already; give another name, or remove it first' in error('train.py')
+    assert 'exists already; give another name, or remove it first' in error('train.py')
     assert not server.requests
 
 

@@ -72,7 +72,7 @@ def test_folder_in_the_way(tmp_path, capsys) -> None:
     (tmp_path / 'mine').write_text('')
     with pytest.raises(SystemExit, match='2'):
         digits.main([str(tmp_path)])
-    assert f'{tmp_path} is there already' in capsys.readouterr().err
+    assert f'{tmp_path} exists already' in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ['mine']
 
 

@@ -1,4 +1,4 @@
-"""The authors' arrays into our networks and back, by the numbers of `test_parity.py`."""
+"""The authors' arrays into our networks and back, with the cases of `test_parity.py`."""
 
 import json
 from pathlib import Path
@@ -18,7 +18,7 @@ DATA = Path(__file__).parents[1] / 'data'
 
 
 def drawn(case: Case) -> dict[str, np.ndarray]:
-    """The arrays of a case as the authors' network had them, in float32."""
+    """Return the arrays of the authors' network in a case, in float32."""
     shapes = json.loads(str(case['param_shapes']))
     arrays = {n: draw(n, shape, case.options['seed']).numpy() for n, shape in shapes.items()}
     fixed = {n: np.full_like(arrays[n], value) for n, value in FIXED.items() if n in arrays}
@@ -40,7 +40,7 @@ def test_files_of_mxnet(stem, tolerance) -> None:
 
 @pytest.mark.parametrize('case', CASES, ids=str)
 def test_there_and_back(case, tmp_path) -> None:
-    """Every array of all nine networks through a float16 file, into the model, and back, not a bit changed."""
+    """Every array of all nine networks goes through a float16 file into the model and back without a change."""
     arrays = {
         name: array.astype(np.float16 if name.endswith(('.weight', '.bias')) else np.float32)
         for name, array in drawn(case).items()
@@ -73,7 +73,7 @@ def test_all_faults_in_one_error() -> None:
     with pytest.raises(ConversionError) as caught:
         to_state_dict(arrays, model)
     heading, *problems = str(caught.value).splitlines()
-    assert 'The 112 arrays are not the 113 of this CifarResNet' in heading
+    assert 'The 112 arrays do not fit the 113 of this CifarResNet' in heading
     assert sorted(line.strip() for line in problems) == sorted(
         [
             "missing: 'features.1.weight' (16, 3, 3, 3)",
@@ -81,8 +81,8 @@ def test_all_faults_in_one_error() -> None:
             "surplus: 'layer9\\x1b[2J' (3,)",
             "misfit: 'output.weight' is (10, 60) of float32, expected (10, 64) of float16 or float32",
             "misfit: 'features.5.beta' is (64,) of float64, expected (64,) of float16 or float32",
-            "misfit: 'features.0.gamma' is not 1 everywhere, and the data norm has no affine here",
-            "misfit: 'features.0.beta' is not 0 everywhere, and the data norm has no affine here",
+            "misfit: 'features.0.gamma' is not 1 everywhere; our data norm has no affine",
+            "misfit: 'features.0.beta' is not 0 everywhere; our data norm has no affine",
         ]
     )
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
@@ -96,7 +96,7 @@ def test_another_variant(kwargs) -> None:
 
 
 def test_other_classes_and_channels() -> None:
-    """A model of other inputs and outputs still takes the whole file, in the file's shapes."""
+    """A model with other inputs and outputs takes all arrays in the shapes of the file."""
     _, arrays = small()
     model = timm.create_model('atac_resnet8_cifar', in_chans=1, num_classes=0)
     found = to_state_dict(arrays, model, in_chans=3, num_classes=10)
@@ -110,7 +110,7 @@ def test_other_classes_and_channels() -> None:
 
 
 def test_arrays_are_copies() -> None:
-    """What is loaded does not depend on the file any more, and the file's arrays cannot be written through it."""
+    """The tensors are copies: a change to them does not change the arrays of the file."""
     model, arrays = small()
     state_dict = to_state_dict(arrays, model)
     state_dict['conv1.weight'].zero_()

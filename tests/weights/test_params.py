@@ -60,7 +60,7 @@ def test_any_bytes(data) -> None:
 
 @pytest.mark.parametrize('stem', ['cifar_b1_atac', 'cifar_b1_atac_fp16'])
 def test_files_of_mxnet(stem, tmp_path) -> None:
-    """Two files that MXNet 1.9.1 wrote, which ours writes to the byte."""
+    """Two files that MXNet 1.9.1 has written are read, and written again byte for byte."""
     arrays = timm_atac.read_params(DATA / f'{stem}.params')
     assert len(arrays) == 113
     assert arrays['features.2.0.msAA1.module.0.weight'].shape == (8, 16, 1, 1)
@@ -102,7 +102,7 @@ def broken(at: int, layout: str, *numbers: int, data: bytes = TWO) -> bytes:
 
 # offset in the message, words of it, the file
 BAD = [
-    (0, 'header would take 16 bytes where 3', TWO[:3]),
+    (0, 'header would take 16 bytes, but 3 are left', TWO[:3]),
     (0, 'begins with 0x113', broken(0, 'Q', 0x113)),
     (0, 'begins with', b'PK\x03\x04' + TWO[4:]),
     (8, 'reserved field is 0x1', broken(8, 'Q', 1)),
@@ -115,8 +115,8 @@ BAD = [
     (24, 'an array of 33 dimensions', broken(32, 'I', 33)),
     (24, 'array of 4294967295 dimensions', broken(32, 'I', 0xFFFFFFFF)),
     (24, 'negative dimension', broken(36, 'q', -1)),
-    (24, 'beyond all memory', broken(36, '2q', 1 << 62, 1 << 62)),
-    (24, 'beyond all memory', broken(36, '2q', 0, (1 << 63) - 1)),
+    (24, 'larger than any memory', broken(36, '2q', 1 << 62, 1 << 62)),
+    (24, 'larger than any memory', broken(36, '2q', 0, (1 << 63) - 1)),
     (64, 'would take 4398046511104 bytes', broken(36, '2q', 1 << 20, 1 << 20)),
     (60, 'unknown dtype 8', broken(60, 'i', 8)),
     (60, 'unknown dtype -1', broken(60, 'i', -1)),

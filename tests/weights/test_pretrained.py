@@ -1,4 +1,4 @@
-"""`pretrained=True` by timm's own download, over loopback, from a file of the published one's structure."""
+"""`pretrained=True` with timm's own download from 127.0.0.1, of a file like the published one."""
 
 import hashlib
 import subprocess
@@ -30,7 +30,7 @@ class Handler(SimpleHTTPRequestHandler):
 
 @pytest.fixture(scope='module')
 def site(tmp_path_factory) -> Iterator[tuple[Path, str]]:
-    """A folder and its address."""
+    """A folder and the address that serves it."""
     folder = tmp_path_factory.mktemp('site')
     with ThreadingHTTPServer(('127.0.0.1', 0), partial(Handler, directory=folder)) as server:
         Thread(target=server.serve_forever, daemon=True).start()
@@ -40,7 +40,7 @@ def site(tmp_path_factory) -> Iterator[tuple[Path, str]]:
 
 @pytest.fixture(scope='module')
 def source(site) -> Any:
-    """The network whose weights are served as `net.params`, in float16 but for the norms, as those published."""
+    """The network whose weights are served as `net.params`, in float16 except the norms, as in the published file."""
     torch.manual_seed(0)
     model: Any = timm.create_model('atac_resnet50').eval()
     for module in model.modules():
@@ -61,7 +61,7 @@ def source(site) -> Any:
 
 @pytest.fixture
 def overlay(site, source, monkeypatch, tmp_path) -> dict[str, Any]:
-    """What makes timm take the served file for the published one."""
+    """A pretrained cfg with which timm loads the served file as the published one."""
     monkeypatch.setenv('TORCH_HOME', str(tmp_path))
     url = f'{site[1]}/net.params'
     monkeypatch.setitem(PUBLISHED, NAME, Published(url, git_blob_id(site[0] / 'net.params')))
@@ -81,7 +81,7 @@ def test_download(overlay, source, tmp_path) -> None:
 
 
 def test_adaptation(overlay, source) -> None:
-    """Other classes, other inputs and features, as timm fits any weights."""
+    """timm adapts the weights to other classes, input channels and feature maps."""
     x = torch.randn(1, 3, 64, 64)
     with torch.inference_mode():
         expected = source.forward_features(x)
@@ -120,13 +120,13 @@ def test_a_damaged_file(overlay, site, tmp_path) -> None:
     (tmp_path / 'cut.params').write_bytes(data[: len(data) // 2])
     model: Any = timm.create_model('atac_resnet50', pretrained_cfg_overlay=dict(tag='mine'))
     before = model.fc.weight.clone()
-    with pytest.raises(ParamsError, match=r'bytes where \d+ are left'):
+    with pytest.raises(ParamsError, match=r'bytes, but \d+ are left'):
         model.load_pretrained(tmp_path / 'cut.params')
     assert torch.equal(model.fc.weight, before)
 
 
 def test_formats_of_timm(tmp_path) -> None:
-    """Before 1.0.29, timm hands weights of any format to a model whose cfg has `custom_load`."""
+    """Before 1.0.29 timm calls a model whose cfg has `custom_load` for weights of any format."""
     from safetensors.torch import save_file
 
     source: Any = timm.create_model('atac_resnet8_cifar')
@@ -138,7 +138,7 @@ def test_formats_of_timm(tmp_path) -> None:
 
 
 def test_formats_of_timm_for_a_published_tag(source, tmp_path) -> None:
-    """Weights of ones own in a format of timm's take the place of the published ones."""
+    """A user's weights in a format of timm replace the published ones."""
     from safetensors.torch import save_file
 
     save_file(source.state_dict(), tmp_path / 'own.safetensors')
@@ -168,7 +168,7 @@ def test_registered_weights() -> None:
 
 
 def test_hub_first(python) -> None:
-    """With an organisation on the Hub, timm prefers it; the default tags are the same."""
+    """timm prefers an organisation on the Hub; the default tags do not change."""
     code = (
         'import timm; models = timm.list_models(["*atac*", "*_cifar"]);'
         'print([timm.get_pretrained_cfg(m).tag for m in models]);'

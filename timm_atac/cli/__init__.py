@@ -1,1 +1,1 @@
-"""The program `timm-atac`, a file for each command. Imports nothing: a help text takes no seconds."""
+"""The program `timm-atac`, one file for each command. torch, timm and matplotlib are imported when a command runs."""

@@ -1,7 +1,7 @@
-"""A network as all that a Hub repository has: weights, config, model card, and the picture of its gates."""
+"""Writes a network as a folder for the Hub: weights, config, model card and a picture of its gates."""
 
-from collections.abc import Callable, Mapping
-from importlib.util import find_spec
+import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,21 +9,17 @@ import yaml
 
 from .._files import new_folder, replaced_file
 from ..weights.folder import load_folder, read_config, save_folder
-from .card import name_of, render
-from .facts import check_facts, config_folder, read_facts
+from .card import full_name, render
+from .facts import config_folder, read_facts
 
-__all__ = ['CARD', 'FACTS', 'PICTURE', 'export', 'facts_of', 'write_card']
+__all__ = ['CARD', 'FACTS', 'PICTURE', 'export', 'shipped_facts', 'write_card']
 
 CARD = 'README.md'
 FACTS = 'card.yaml'
 PICTURE = 'gates.png'
-_CREDIT = "the image is matplotlib's sample, a portrait of Grace Hopper by the U.S. Navy, in the public domain"
+_SAMPLE_CREDIT = "the image is matplotlib's sample, a portrait of Grace Hopper by the U.S. Navy, in the public domain"
 
-Log = Callable[[str], object]
-
-
-def _silent(line: str) -> None:
-    pass
+_logger = logging.getLogger(__name__)
 
 
 def export(
@@ -33,28 +29,27 @@ def export(
     image: Any = None,
     model_args: Mapping[str, Any] | None = None,
     model_config: Mapping[str, Any] | None = None,
-    log: Log = _silent,
 ) -> None:
     """Write a folder that `timm.create_model('local-dir:FOLDER', pretrained=True)` loads and `timm-atac push` uploads.
 
+    The folder has `config.json`, `model.safetensors`, `README.md`, `card.yaml` with the facts of the card, and
+    `gates.png`, unless no picture can be drawn; then a warning is logged.
+
     Args:
         model: A network made by `timm.create_model`.
-        folder: Where to; complete at the end, or not there. It has `config.json`, `model.safetensors`, `README.md`,
-            the facts in `card.yaml`, and where there is a picture `gates.png`.
-        facts: Of the card, as `timm_atac.hub.facts.read_facts` has them; None for those of `hub_configs`.
-        image: PIL image for the picture, None for matplotlib's sample.
-        model_args: Arguments of `create_model` that the network was made with; timm knows them since 1.0.31.
-        model_config: More entries of `config.json`, as of timm's `save_for_hf`.
-        log: Is told why there is no picture.
+        folder: The new folder. After an error it does not exist.
+        facts: Facts of the card, as `timm_atac.hub.facts.read_facts` returns them. None means those in `hub_configs`.
+        image: PIL image for the picture. None means matplotlib's sample.
+        model_args: Arguments of `create_model` that the network was made with; since 1.0.31 timm keeps them itself.
+        model_config: More entries of `config.json`, as for timm's `save_for_hf`.
 
     Raises:
-        FileExistsError: There is something at `folder` already.
-        CardError: A fact is not of its form.
+        FileExistsError: `folder` exists and is not empty.
+        CardError: Facts are unknown, incomplete or of the wrong type.
     """
     with new_folder(Path(folder)) as new:
         save_folder(model, new, model_args, model_config)
-        facts = facts_of(name_of(read_config(new))) if facts is None else facts
-        write_card(new, facts, image, model, log)
+        write_card(new, facts, image, model)
 
 
 def write_card(
@@ -62,77 +57,69 @@ def write_card(
     facts: Mapping[str, Any] | None = None,
     image: Any = None,
     model: Any = None,
-    log: Log = _silent,
 ) -> list[str]:
-    """Write `README.md` and `card.yaml` of a folder anew, and the picture where there is none or `image` is given.
+    """Write `README.md` and `card.yaml` of a folder, and `gates.png` if it does not exist or `image` is given.
+
+    A warning is logged if no picture can be drawn.
 
     Args:
-        folder: With `config.json` and `model.safetensors`.
-        facts: As `timm_atac.hub.facts.read_facts` has them; None for those that the folder has, else of `hub_configs`.
-        image: PIL image for the picture, None for matplotlib's sample.
-        model: The network in the folder, None to load it if need be.
-        log: Is told why there is no picture.
+        folder: Folder with `config.json` and `model.safetensors`.
+        facts: As `timm_atac.hub.facts.read_facts` returns them. None means those in the folder's `card.yaml`, or, if it
+            has none, in `hub_configs`.
+        image: PIL image for the picture. None means matplotlib's sample.
+        model: The network in the folder. None loads it if it is needed.
 
     Returns:
-        The files that were written.
+        Names of the files that were written.
 
     Raises:
-        CardError: A fact is not of its form. Nothing has changed.
-        FolderError: The folder is not whole.
+        CardError: Facts are unknown, incomplete or of the wrong type. The folder has not changed.
+        FolderError: The folder is incomplete or damaged.
     """
     folder = Path(folder)
     config = read_config(folder)
     if facts is None:
         own = folder / FACTS
-        facts = read_facts(own) if own.exists() else facts_of(name_of(config))
-    facts = check_facts(dict(facts))
-    render(config, facts)  # before anything is changed
+        facts = read_facts(own) if own.exists() else shipped_facts(full_name(config))
+    facts = {name: value for name, value in facts.items() if value is not None}
+    render(config, facts)  # wrong facts raise here, before anything is written
     written = [CARD, FACTS]
-    if image is not None or not (folder / PICTURE).exists():
-        why_not = _draw(model or load_folder(folder), folder / PICTURE, image)
-        if why_not:
-            log(f'No picture of the gates: {why_not}')
+    picture = folder / PICTURE
+    if image is not None or not picture.exists():
+        if facts.get('picture_credit') == _SAMPLE_CREDIT:
+            del facts['picture_credit']
+        model = model or load_folder(folder)
+        try:
+            _draw(model, picture, image)
+        except ImportError:
+            _logger.warning("No picture of the gates: matplotlib is not installed (pip install 'timm_atac[viz]')")
+        except ValueError as error:  # no unit has a gate, the gates are not finite, the input is not an image
+            _logger.warning('No picture of the gates: %s', error)
         else:
             written.append(PICTURE)
-        if image is None and not why_not:
-            facts['picture_credit'] = _CREDIT
-        elif facts.get('picture_credit') == _CREDIT:
-            del facts['picture_credit']
-    picture = PICTURE if (folder / PICTURE).exists() else None
+            if image is None:
+                facts['picture_credit'] = _SAMPLE_CREDIT
     with replaced_file(folder / FACTS) as file:
         file.write(yaml.safe_dump(facts, sort_keys=False, allow_unicode=True).encode())
     with replaced_file(folder / CARD) as file:
-        file.write(render(config, facts, picture).encode())
+        file.write(render(config, facts, PICTURE if picture.exists() else None).encode())
     return written
 
 
-def facts_of(name: str) -> dict[str, Any]:
-    """The facts that `hub_configs` has of ARCH.TAG, none where it has none."""
+def shipped_facts(name: str) -> dict[str, Any]:
+    """Return the facts that `hub_configs` has for ARCH.TAG, {} if it has none."""
     folder = config_folder(name)
     return read_facts(folder / FACTS) if folder else {}
 
 
-def _draw(model: Any, path: Path, image: Any) -> str | None:
-    """Draw the picture of a network's gates, or say why not."""
-    from .. import _timm
-    from ..gates import pictures as viz
+def _draw(model: Any, path: Path, image: Any) -> None:
+    from ..gates.pictures import gates_picture
 
-    if find_spec('matplotlib') is None:
-        return "matplotlib is not installed (pip install 'timm_atac[viz]')"
-    if not viz.gated_units(model):
-        return 'the network has none'
-    channels = _timm.input_size(model)[0]
-    if channels not in (1, 3):
-        return f'the network takes images of {channels} channels'
     if image is None:
         from matplotlib.cbook import get_sample_data
         from PIL import Image
 
-        path_of_sample: Any = get_sample_data('grace_hopper.jpg', asfileobj=False)
-        with Image.open(path_of_sample) as file:
+        sample: Any = get_sample_data('grace_hopper.jpg', asfileobj=False)
+        with Image.open(sample) as file:
             image = file.convert('RGB')
-    try:
-        viz.gates_picture(model, image, path)
-    except ValueError as error:  # of a network that puts out NaN, for one
-        return str(error)
-    return None
+    gates_picture(model, image, path)

@@ -1,12 +1,12 @@
-"""Facts of model cards: read from YAML files, and checked."""
+"""The facts of a model card: their types and defaults, and how they are read from YAML and checked."""
 
-from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin
 
 import yaml
 
-__all__ = ['CardError', 'check_facts', 'config_folder', 'read_facts', 'with_defaults']
+__all__ = ['CardError', 'CardFacts', 'check_facts', 'config_folder', 'read_facts']
 
 _CITATION = """\
 @inproceedings{dai2020attention,
@@ -15,108 +15,176 @@ _CITATION = """\
   booktitle = {International Conference on Pattern Recognition (ICPR)},
   year      = {2020}
 }"""
-
-# name of a fact -> its type, and what it is when nobody says
-_FACTS: dict[str, tuple[type, Any]] = {
-    'description': (str, 'A network with attentional activations (ATAC).'),
-    'license': (str, None),
-    'license_name': (str, None),
-    'license_link': (str, None),
-    'license_note': (str, None),
-    'origin': (str, None),
-    'datasets': (list, []),
-    'papers': (list, [{'title': 'Attention as Activation', 'url': 'https://arxiv.org/abs/2007.07729'}]),
-    'results': (list, []),
-    'hyperparameters': (dict, {}),
-    'comparison': (dict, {}),
-    'citations': (list, [_CITATION]),
-    'picture_credit': (str, None),
-}
-# what each entry of a fact has, and of a part of an entry
-_PARTS = {
-    'datasets': ('name',),
-    'papers': ('title', 'url'),
-    'results': ('dataset', 'id', 'split', 'metrics', 'source'),
-    'results.source': ('name', 'url'),
-    'comparison': ('text', 'rows'),
-    'comparison.rows': ('model', 'params', 'gmacs', 'top1', 'top5', 'source'),
-}
+_EXPECTED = {str: 'a text', float: 'a number', list: 'a list', dict: 'a mapping'}
 
 
 class CardError(ValueError):
-    """Facts that make no card."""
+    """Facts that cannot be used for a card; the message lists all that is wrong with them."""
+
+
+@dataclass
+class Dataset:
+    """A data set that the network was trained on; `id` is its name on the Hub."""
+
+    name: str
+    id: str | None = None
+
+
+@dataclass
+class Paper:
+    """A paper that describes the network."""
+
+    title: str
+    url: str
+
+
+@dataclass
+class Source:
+    """Where results come from."""
+
+    name: str
+    url: str
+
+
+@dataclass
+class Result:
+    """Figures of the network on one split of a data set; `id` is the data set's name on the Hub."""
+
+    dataset: str
+    id: str
+    split: str
+    metrics: dict[str, float]
+    source: Source
+
+
+@dataclass
+class ComparisonRow:
+    """A model to compare with; accuracies in percent, parameters in millions."""
+
+    model: str
+    params: float
+    gmacs: float
+    top1: float
+    source: str
+    top5: float | None = None
+
+
+@dataclass
+class Comparison:
+    """A table of models, and the text above it."""
+
+    text: str
+    rows: list[ComparisonRow]
+
+
+@dataclass
+class CardFacts:
+    """All facts of a card, with the values that hold where a file does not give them.
+
+    Attributes:
+        license: An id of the Hub, such as 'apache-2.0', or 'other' together with `license_name` and `license_link`.
+        license_note: A sentence after the licence.
+        origin: Address of the project that the weights come from.
+        hyperparameters: Lines about the training, by name.
+        citations: BibTeX entries.
+        picture_credit: Where the image in the picture of the gates comes from.
+    """
+
+    description: str = 'A network with attentional activations (ATAC).'
+    license: str | None = None
+    license_name: str | None = None
+    license_link: str | None = None
+    license_note: str | None = None
+    origin: str | None = None
+    datasets: list[Dataset] = field(default_factory=list)
+    papers: list[Paper] = field(
+        default_factory=lambda: [Paper('Attention as Activation', 'https://arxiv.org/abs/2007.07729')]
+    )
+    results: list[Result] = field(default_factory=list)
+    hyperparameters: dict[str, Any] = field(default_factory=dict)
+    comparison: Comparison | None = None
+    citations: list[str] = field(default_factory=lambda: [_CITATION])
+    picture_credit: str | None = None
 
 
 def config_folder(name: str) -> Path | None:
-    """The folder of `hub_configs` with `config.json` and `card.yaml` of a tag, None where there is none.
+    """Return the folder of `hub_configs` that has `config.json` and `card.yaml` of a tag, None if there is none.
 
     Args:
         name: ARCH.TAG.
     """
-    here = Path(__file__).parent.parent
-    # in a wheel they are inside of the package
-    found = (root / 'hub_configs' / name for root in (here, here.parent))
-    return next((folder for folder in found if (folder / 'card.yaml').is_file()), None)
+    package = Path(__file__).parents[1]
+    folders = [root / 'hub_configs' / name for root in (package, package.parent)]  # in a wheel it is in the package
+    return next((folder for folder in folders if (folder / 'card.yaml').is_file()), None)
 
 
 def read_facts(path: str | Path) -> dict[str, Any]:
-    """The facts of a card.
+    """Read the facts of a card from a YAML file and check them.
 
     Args:
-        path: YAML file, as in `hub_configs`. Facts are 'description', 'license' (an id of the Hub's, 'other' with
-            'license_name' and 'license_link'), 'license_note', 'origin', 'datasets' ('name', 'id' on the Hub), 'papers'
-            ('title', 'url'), 'results' ('dataset', 'id', 'split', 'metrics', 'source' with 'name' and 'url'),
-            'hyperparameters', 'comparison' ('text', 'rows'), 'citations', 'picture_credit'.
+        path: File with facts as `CardFacts` names them; the file of `hub_configs` is an example.
+
+    Returns:
+        The facts that the file gives, by name.
 
     Raises:
-        CardError: It is not YAML, or a fact is unknown or not of its form.
-        OSError: It cannot be read.
+        CardError: The file is not YAML, or facts are unknown, incomplete or of the wrong type.
+        OSError: The file cannot be read.
     """
     try:
         facts = yaml.safe_load(Path(path).read_text(encoding='utf-8')) or {}
+        check_facts(facts)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise CardError(f'{path} is not YAML: {error}') from None
-    try:
-        return check_facts(facts)
     except CardError as error:
         raise CardError(f'{path}: {error}') from None
-
-
-def check_facts(facts: Any) -> dict[str, Any]:
-    """Facts as `read_facts` describes them; those without a value are left out.
-
-    Raises:
-        CardError: One is unknown or not of its form.
-    """
-    if not isinstance(facts, dict):
-        raise CardError(f'the facts of a card are a {type(facts).__name__}, expected a mapping.')
-    facts = {name: value for name, value in facts.items() if value is not None}
-    for name, value in facts.items():
-        if name not in _FACTS:
-            raise CardError(f'{name} is not a fact of a card; expected {", ".join(_FACTS)}.')
-        if not isinstance(value, _FACTS[name][0]):
-            raise CardError(f'{name} is {value!r}, expected a {_FACTS[name][0].__name__}.')
-    for path, parts in _PARTS.items():
-        for entry in _entries(facts, path):
-            missing = [part for part in parts if not isinstance(entry, dict) or part not in entry]
-            if missing:
-                raise CardError(f'{path} has an entry without {", ".join(missing)}: {entry!r}')
-    for result in facts.get('results', []):
-        metrics = result['metrics']
-        if not isinstance(metrics, dict) or not all(isinstance(value, (int, float)) for value in metrics.values()):
-            raise CardError(f'results has metrics {metrics!r}, expected numbers by name.')
     return facts
 
 
-def _entries(facts: Mapping[str, Any], path: str) -> list[Any]:
-    """The entries at 'papers', or at 'results.source' of all results."""
-    found: list[Any] = [facts]
-    for part in path.split('.'):
-        values = [entry[part] for entry in found if part in entry]
-        found = [entry for value in values for entry in (value if isinstance(value, list) else [value])]
-    return found
+def check_facts(facts: Any) -> CardFacts:
+    """Check facts and add the defaults of those that are missing or None.
+
+    Args:
+        facts: A dictionary as `read_facts` returns it.
+
+    Raises:
+        CardError: Facts are unknown, incomplete or of the wrong type; the message lists them all.
+    """
+    errors: list[str] = []
+    checked = _convert(facts, CardFacts, 'facts', errors)
+    if errors:
+        raise CardError(f'{"; ".join(errors)}.')
+    return checked
 
 
-def with_defaults(facts: Mapping[str, Any] | None) -> dict[str, Any]:
-    """All facts of a card: those given, once they are checked, and what stands for the others."""
-    return {name: default for name, (_, default) in _FACTS.items()} | check_facts(dict(facts or {}))
+def _convert(value: Any, kind: Any, path: str, errors: list[str]) -> Any:
+    """Return a value as `kind`, with dataclasses in place of dictionaries; append what is wrong to `errors`."""
+    if type(None) in get_args(kind):  # optional: `_convert_fields` leaves None out
+        kind = get_args(kind)[0]
+    base = dict if is_dataclass(kind) else get_origin(kind) or kind
+    if kind is not Any and not isinstance(value, (int, float) if base is float else base):
+        errors.append(f'{path} is {value!r}, expected {_EXPECTED[base]}')
+    elif is_dataclass(kind):
+        return _convert_fields(value, kind, path, errors)
+    elif base is list:
+        return [_convert(entry, get_args(kind)[0], f'{path}[{i}]', errors) for i, entry in enumerate(value)]
+    elif base is dict:
+        return {name: _convert(entry, get_args(kind)[1], f'{path}.{name}', errors) for name, entry in value.items()}
+    return value
+
+
+def _convert_fields(values: dict[str, Any], kind: Any, path: str, errors: list[str]) -> Any:
+    known = {part.name: part for part in fields(kind)}
+    given = {name: value for name, value in values.items() if value is not None}
+    unknown = [str(name) for name in given if name not in known]
+    required = [part.name for part in known.values() if part.default is part.default_factory is MISSING]
+    missing = [name for name in required if name not in given]
+    if unknown:
+        errors.append(f'unknown {", ".join(unknown)} in {path}, expected {", ".join(known)}')
+    if missing:
+        errors.append(f'{path} has no {", ".join(missing)}: {values!r}')
+    path = '' if kind is CardFacts else f'{path}.'
+    converted = {
+        name: _convert(given[name], part.type, f'{path}{name}', errors) for name, part in known.items() if name in given
+    }
+    return None if missing else kind(**converted)

@@ -103,7 +103,7 @@ default_cfgs = generate_default_cfgs(
         'atac_resnet18.untrained': _cfg(),
         'atac_resnet34.untrained': _cfg(),
         'atac_resnet50.open_atac_in1k': _cfg(
-            **published.source('atac_resnet50.open_atac_in1k'),
+            **published.cfg_fields('atac_resnet50.open_atac_in1k'),
             mean=(123.68 / 255, 116.779 / 255, 103.939 / 255),
             std=(58.393 / 255, 57.12 / 255, 57.375 / 255),
             license='none-stated',

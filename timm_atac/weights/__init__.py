@@ -1,1 +1,1 @@
-"""`.params` files, arrays, state dicts and folders of weights. Imports nothing: `params.py` needs NumPy only."""
+"""`.params` files, arrays, state dicts and folders of weights. `params.py` needs only NumPy."""

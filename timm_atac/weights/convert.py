@@ -1,4 +1,4 @@
-"""The authors' arrays as a state dict of ours, and back: every array used exactly once, all of them checked."""
+"""Converts the authors' arrays to a state dict of our networks and back; every array is checked and used once."""
 
 from collections.abc import Mapping
 from typing import Any, cast
@@ -15,7 +15,7 @@ _FLOATS = ('float16', 'float32')
 
 
 class ConversionError(ValueError):
-    """Arrays that are not those of the network; the message lists every one that is missing, surplus or misfit."""
+    """The arrays do not fit the network; the message lists each one that is missing, surplus or misfit."""
 
 
 def to_state_dict(
@@ -24,26 +24,26 @@ def to_state_dict(
     in_chans: int | None = None,
     num_classes: int | None = None,
 ) -> dict[str, torch.Tensor]:
-    """A state dict of the authors' arrays, by the table of `timm_atac.weights.names`.
+    """Convert the authors' arrays to a state dict with the table of names in `timm_atac.weights.names`.
 
     Args:
-        arrays: Name -> array of float16 or float32, as `read_params` has them.
-        model: The network that has been trained, or one of another number of input channels or classes.
-        in_chans: Input channels of the network that has been trained, None for the model's.
-        num_classes: Its classes, None for the model's.
+        arrays: Name -> array of float16 or float32, as `read_params` returns them.
+        model: The network that was trained, or one with another number of input channels or classes.
+        in_chans: Input channels of the network that was trained. None means those of `model`.
+        num_classes: Classes of the network that was trained. None means those of `model`.
 
     Returns:
-        Key -> float32 tensor, all that the network has but `num_batches_tracked`, which PyTorch sets to zero.
+        Key -> float32 tensor, for every key but `num_batches_tracked`, which PyTorch sets to zero.
 
     Raises:
-        ConversionError: Arrays are missing, left over, of another shape or dtype, or the affine of the data norm, which
-            our CIFAR networks do without, is not 1 and 0.
-        ValueError: The model has a part that the authors' networks have not.
+        ConversionError: An array is missing, surplus, or of another shape or dtype. Or the data norm of a CIFAR network
+            has an affine other than 1 and 0; ours has none.
+        ValueError: The authors' networks have no counterpart of a part of the model.
     """
     names = open_atac_names(model)
-    shapes = _shapes(model, in_chans, num_classes)
+    shapes = _trained_shapes(model, in_chans, num_classes)
     expected = {theirs: shapes[ours] for ours, theirs in names.items()}
-    fixed = {name: value for name, value in FIXED.items() if 'data_bn.running_mean' in names}
+    fixed = FIXED if 'data_bn.running_mean' in names else {}
     expected |= {name: shapes['data_bn.running_mean'] for name in fixed}
 
     missing = [f'missing: {name!r} {shape}' for name, shape in expected.items() if name not in arrays]
@@ -56,27 +56,27 @@ def to_state_dict(
             wanted = f'{expected[name]} of {" or ".join(_FLOATS)}'
             misfit.append(f'misfit: {name!r} is {array.shape} of {array.dtype.name}, expected {wanted}')
         elif name in fixed and not (array == fixed[name]).all():
-            misfit.append(f'misfit: {name!r} is not {fixed[name]:g} everywhere, and the data norm has no affine here')
+            misfit.append(f'misfit: {name!r} is not {fixed[name]:g} everywhere; our data norm has no affine')
     if missing or surplus or misfit:
         raise ConversionError(
-            f'The {len(arrays)} arrays are not the {len(expected)} of this {type(model).__name__}; expected a file of '
-            f'the same architecture, trained with the same arguments: {len(missing)} missing, {len(surplus)} surplus, '
-            f'{len(misfit)} misfit.\n  ' + '\n  '.join(missing + surplus + misfit)
+            f'The {len(arrays)} arrays do not fit the {len(expected)} of this {type(model).__name__}; expected a file '
+            f'of the same architecture, trained with the same arguments: {len(missing)} missing, {len(surplus)} '
+            f'surplus, {len(misfit)} misfit.\n  ' + '\n  '.join(missing + surplus + misfit)
         )
     return {ours: torch.from_numpy(arrays[theirs].astype(np.float32)) for ours, theirs in names.items()}
 
 
 def to_arrays(model: nn.Module) -> dict[str, np.ndarray]:
-    """The authors' arrays of a network, for MXNet's `load_parameters`.
+    """Convert a network to the authors' arrays, for MXNet's `load_parameters`.
 
     Args:
         model: `AtacResNet` of bottleneck blocks or `CifarResNet`, with a classifier.
 
     Returns:
-        Name -> float32 array, the fixed affine of the data norm included.
+        Name -> float32 array. For a CIFAR network this includes the affine of the data norm, 1 and 0.
 
     Raises:
-        ValueError: The model has a part that the authors' networks have not, or no classifier.
+        ValueError: The authors' networks have no counterpart of a part of the model, or it has no classifier.
     """
     state = model.state_dict()
     names = open_atac_names(model)
@@ -88,8 +88,8 @@ def to_arrays(model: nn.Module) -> dict[str, np.ndarray]:
     return arrays
 
 
-def _shapes(model: nn.Module, in_chans: int | None, num_classes: int | None) -> dict[str, tuple[int, ...]]:
-    """Shapes of the network that has been trained, which may have other inputs and outputs than the model."""
+def _trained_shapes(model: nn.Module, in_chans: int | None, num_classes: int | None) -> dict[str, tuple[int, ...]]:
+    """Return the shapes in the network that was trained, which may have other inputs and outputs than the model."""
     shapes = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
     if in_chans is not None:
         channels, _, *kernel = shapes['conv1.weight']

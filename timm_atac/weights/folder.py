@@ -1,4 +1,4 @@
-"""A network as a folder in timm's Hub format: `config.json` and `model.safetensors`."""
+"""Saves and loads a network as a folder in timm's Hub format: `config.json` and `model.safetensors`."""
 
 import copy
 import json
@@ -20,11 +20,11 @@ WEIGHTS = 'model.safetensors'
 RESERVED = frozenset(
     {'model_name', 'pretrained', 'checkpoint_path', 'pretrained_cfg', 'pretrained_cfg_overlay', 'cache_dir'}
 )
-"""Arguments of `timm.create_model` that are not the network's own: they would load something else."""
+"""Arguments of `timm.create_model` that load files and are not arguments of the network itself."""
 
 
 class FolderError(ValueError):
-    """A folder that does not hold a network of timm's, whole and fitting."""
+    """The folder does not hold a complete network of timm; the message names the file and says what is wrong."""
 
 
 def save_folder(
@@ -33,16 +33,16 @@ def save_folder(
     model_args: Mapping[str, Any] | None = None,
     model_config: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write what `timm.create_model('local-dir:FOLDER', pretrained=True)` and transformers load.
+    """Write a folder that `timm.create_model('local-dir:FOLDER', pretrained=True)` and transformers load.
 
-    timm's `save_for_hf`, without what `config.json` then says twice: transformers refuses a `num_classes` in
-    `model_args`.
+    timm's `save_for_hf` writes it. Then `model_args` in `config.json` is reduced to the arguments that were given,
+    without `num_classes`, which transformers refuses there.
 
     Args:
         model: A network made by `timm.create_model`.
-        folder: Created if need be.
-        model_args: Arguments of `create_model` that the network was made with; timm knows them since 1.0.31.
-        model_config: More entries of `config.json`: `label_names`, or a `pretrained_cfg` to go over the network's.
+        folder: The folder. It is created if it does not exist.
+        model_args: Arguments of `create_model` that the network was made with; since 1.0.31 timm keeps them itself.
+        model_config: More entries of `config.json`: `label_names`, or a `pretrained_cfg` that overrides the network's.
     """
     save_for_hf(
         _contiguous(model),
@@ -53,54 +53,54 @@ def save_folder(
     )
     path = Path(folder) / CONFIG
     config = json.loads(path.read_text())
-    # timm also writes what nobody gave, and what it serialised of the given (tuples are lists) is what it reads
+    # timm also writes arguments that were not given; of the given ones take what timm wrote (tuples are lists)
     written = config.pop('model_args', {})
     given = {name: written[name] for name in (*_timm.model_args(model), *(model_args or {})) if name in written}
     given.pop('num_classes', None)
     if given:
         config['model_args'] = given
-    _describe(model, config)
+    _correct_pretrained_cfg(model, config)
     path.write_text(json.dumps(config, indent=2) + '\n')
 
 
 def _contiguous(model: Any) -> Any:
-    """The model, or a copy of one in channels_last or with transposed weights, which safetensors refuses to write."""
+    """Return the model, or a copy if it has channels_last or transposed weights, which safetensors does not write."""
     if all(tensor.is_contiguous() for tensor in model.state_dict().values()):
         return model
     model = copy.deepcopy(model)
-    for tensor in (*model.parameters(), *model.buffers()):
-        tensor.data = tensor.data.contiguous()
+    model.load_state_dict({key: tensor.contiguous() for key, tensor in model.state_dict().items()}, assign=True)
     return model
 
 
-def _describe(model: Any, config: dict[str, Any]) -> None:
-    """Make `pretrained_cfg` that of the weights in the folder; before 1.0.31 timm writes that of the source."""
+def _correct_pretrained_cfg(model: Any, config: dict[str, Any]) -> None:
+    """Make `pretrained_cfg` describe the weights in the folder; before 1.0.31 timm writes the source's."""
     cfg = config['pretrained_cfg']
     cfg['custom_load'] = False
     cfg['num_classes'] = config['num_classes'] = model.num_classes
     channels = cfg['input_size'][0] = _timm.input_size(model)[0]
     if channels not in (1, 3):
-        cfg['first_conv'] = None  # timm before 1.0.31 would not know how to fit it, and put random numbers there
+        cfg['first_conv'] = None  # or timm before 1.0.31 would load this layer with random numbers
     for key in ('mean', 'std'):
         if len(cfg[key]) != channels:
             cfg[key] = [sum(cfg[key]) / len(cfg[key])] * channels
-    if config['architecture'] == 'atac_host':  # what the host's cfg says is not true of it any more
+    if config['architecture'] == 'atac_host':  # these fields are the host's and not true of this network
         for key in ('tag', 'license', 'description', 'origin_url', 'paper_ids', 'paper_name', 'notes'):
             cfg.pop(key, None)
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
-    """`config.json` of a folder.
+    """Read and check `config.json` of a folder.
 
     Raises:
-        FolderError: It is not there, not JSON, names no architecture that timm knows, or would load other files.
+        FolderError: The file is missing or not JSON, timm does not know the architecture, or arguments in it would load
+            other files.
     """
     path = Path(folder) / CONFIG
     try:
         config = json.loads(path.read_text(encoding='utf-8'))
     except FileNotFoundError:
         raise FolderError(
-            f"{folder} has no {CONFIG}: expected a folder of `timm-atac convert` or timm's save_for_hf."
+            f"{folder} has no {CONFIG}: expected a folder that `timm-atac convert` or timm's save_for_hf has written."
         ) from None
     except (ValueError, OSError) as error:
         raise FolderError(f'{path} cannot be read: {error}') from None
@@ -112,29 +112,29 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     for key, default in (('pretrained_cfg', None), ('model_args', {})):
         if not isinstance(config.get(key, default), dict):
             raise FolderError(f'{path}: {key} is {config.get(key)!r}, expected an object.')
-    if loads := _loads(config.get('model_args', {})):
-        raise FolderError(f'{path}: model_args has {", ".join(loads)}, which would load something else.')
+    if loading := _loading_arguments(config.get('model_args', {})):
+        raise FolderError(f'{path}: model_args has {", ".join(loading)}, which would load other files.')
     return config
 
 
-def _loads(args: Mapping[str, Any]) -> list[str]:
-    """What in arguments of a network, and of the host of an `atac_host`, would load other files."""
-    loads = sorted(RESERVED.intersection(args))
-    host = args.get('host')  # the name of a model, or a dict of that and its arguments
+def _loading_arguments(args: Mapping[str, Any]) -> list[str]:
+    """Return the arguments of a network, and of the host of an `atac_host`, that would load other files."""
+    loading = sorted(RESERVED.intersection(args))
+    host = args.get('host')  # the name of a model, or a dict of `model_name` and its arguments
     if isinstance(host, dict):
-        loads += _loads({name: value for name, value in host.items() if name != 'model_name'})
+        loading += _loading_arguments({name: value for name, value in host.items() if name != 'model_name'})
         host = host.get('model_name')
     if host is not None and not is_model(str(host).partition('.')[0]):
-        loads.append(f'the host {host!r}')
-    return loads
+        loading.append(f'the host {host!r}')
+    return loading
 
 
 def create_from_config(config: Mapping[str, Any], **kwargs: Any) -> Any:
-    """The network that a `config.json` describes, without weights.
+    """Create the network that a `config.json` describes, without loading weights.
 
     Args:
-        config: As `read_config` has it.
-        **kwargs: More arguments of `timm.create_model`, as `device`.
+        config: As `read_config` returns it.
+        **kwargs: More arguments of `timm.create_model`, such as `device`.
     """
     cfg = dict(config.get('pretrained_cfg', {}))
     cfg |= {key: config[key] for key in ('architecture', 'num_classes') if key in config}
@@ -142,10 +142,10 @@ def create_from_config(config: Mapping[str, Any], **kwargs: Any) -> Any:
 
 
 def load_folder(folder: str | Path) -> Any:
-    """The network of a folder with its weights, in inference mode; every tensor has to be there and fit.
+    """Load the network of a folder with its weights, in inference mode.
 
     Raises:
-        FolderError: The folder does not hold that; the message says what is wrong with which file.
+        FolderError: A file is missing or damaged, or a tensor is missing or does not fit.
     """
     config = read_config(folder)
     path = Path(folder) / WEIGHTS
@@ -158,7 +158,7 @@ def load_folder(folder: str | Path) -> Any:
     except FileNotFoundError:
         raise FolderError(f'{folder} has no {WEIGHTS}.') from None
     except (safetensors.SafetensorError, OSError, ValueError) as error:
-        raise FolderError(f'{path} is damaged: {error}. Make it again, or download it again.') from error
+        raise FolderError(f'{path} is damaged: {error}. Write it again, or download it again.') from error
     try:
         model.load_state_dict(state_dict)
     except RuntimeError as error:

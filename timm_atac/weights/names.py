@@ -1,7 +1,7 @@
 """The table of names between the authors' MXNet networks and ours, in both directions.
 
-The authors' names are those of `save_parameters` in https://github.com/YimianDai/open-atac. Every name is spelled out
-by a table below; nothing is paired by order or shape.
+The authors' names are the ones that `save_parameters` writes in https://github.com/YimianDai/open-atac. The tables give
+every name; nothing is paired by order or shape.
 """
 
 import torch.nn as nn
@@ -11,7 +11,7 @@ from ..units.atac import ChannelBottleneck, SEActivation
 __all__ = ['FIXED', 'open_atac_names']
 
 FIXED = {'features.0.gamma': 1.0, 'features.0.beta': 0.0}
-"""Arrays of the authors' CIFAR networks that ours do without, with their value: the data norm has no affine."""
+"""Arrays of the authors' CIFAR networks that ours do not have, with their value: our data norm has no affine."""
 
 _CIFAR = {
     'data_bn': 'features.0',
@@ -58,18 +58,18 @@ _AFFINE = {'weight': 'weight', 'bias': 'bias'}
 
 
 def open_atac_names(model: nn.Module) -> dict[str, str]:
-    """Names of a model's parameters and running statistics in the authors' networks.
+    """Return the authors' names of a model's parameters and running statistics.
 
     Args:
         model: `AtacResNet` of bottleneck blocks (the authors' ResNet-50 v1b) or `CifarResNet`.
 
     Returns:
-        Our state-dict key -> the authors' name, one to one, in the order of the state dict. The classifier is there
-        even where the model has none (`num_classes=0`). `num_batches_tracked` has no counterpart and is left out;
-        `FIXED` holds what is the other way round.
+        Our state dict key -> the authors' name, one to one, in the order of the state dict. The classifier is included
+        even if the model has none (`num_classes=0`). `num_batches_tracked` has no counterpart and is left out. The
+        arrays in `FIXED` have no counterpart in our networks.
 
     Raises:
-        ValueError: The model has parts the authors' networks have not, all named in the message.
+        ValueError: The authors' networks have no counterpart of some parts; the message names them all.
     """
     layout = getattr(model, 'open_atac_layout', None)
     if layout == 'cifar':
@@ -107,10 +107,10 @@ def open_atac_names(model: nn.Module) -> dict[str, str]:
 
 
 def _unit_parts(unit: ChannelBottleneck) -> dict[str, str]:
-    """The authors number what is there: pool, conv1, bn1, ReLU, conv2, bn2, sigmoid."""
-    sequence: list[str] = ['conv1', 'bn1', 'conv2', 'bn2']
-    if not isinstance(unit.act, nn.Identity):
-        sequence.insert(2, 'act')
-    if isinstance(unit, SEActivation):
-        sequence.insert(0, 'pool')
+    """Return the authors' names of a unit's layers: they number the layers it has, in the order of `sequence`."""
+    sequence = ['pool', 'conv1', 'bn1', 'act', 'conv2', 'bn2']
+    if isinstance(unit.act, nn.Identity):
+        sequence.remove('act')
+    if not isinstance(unit, SEActivation):
+        sequence.remove('pool')
     return {name: f'module.{index}' for index, name in enumerate(sequence) if name not in ('act', 'pool')}

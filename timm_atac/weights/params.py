@@ -1,4 +1,4 @@
-"""MXNet's `.params` files as numpy arrays, without MXNet: read from a memory map, and written.
+"""Reads and writes MXNet's `.params` files as NumPy arrays, without MXNet.
 
 A file is a list of arrays and a list of their names, little-endian. Four versions of the array record are in use, and
 all can be read. The format is that of `NDArray::Save` and `NDArray::Load` in MXNet 1.9.1 (src/ndarray/ndarray.cc).
@@ -22,8 +22,8 @@ __all__ = ['ParamsError', 'is_params', 'parse_params', 'read_params', 'write_par
 _LIST = 0x112
 _V1, _V2, _V3 = 0xF993FAC8, 0xF993FAC9, 0xF993FACA
 _MAX_DIMS = 32
-_UNKNOWN_DIMS = 0xFFFFFFFF  # of V3, -1 as u32
-_MIN_RECORD = 4 + 8  # bytes of the shortest array there is, and of its name's length
+_UNKNOWN_DIMS = 0xFFFFFFFF  # -1 as u32, in V3 records
+_MIN_RECORD = 4 + 8  # bytes of the shortest array record, and of the length of its name
 _DTYPES = tuple(np.dtype(code) for code in ('<f4', '<f8', '<f2', 'u1', '<i4', 'i1', '<i8', '?'))
 _SPARSE = {-1: 'undefined', 1: 'row sparse', 2: 'compressed sparse row'}
 _PREFIXES = ('arg:', 'aux:')
@@ -33,12 +33,12 @@ _NONE.flags.writeable = False
 
 
 class ParamsError(ValueError):
-    """A file that is not a whole and valid `.params` file.
+    """The file is not a complete and valid `.params` file.
 
     Attributes:
         path: The file.
-        offset: Where in the file, in bytes.
-        reason: What is wrong there.
+        offset: Position of the fault in the file, in bytes.
+        reason: The fault.
     """
 
     def __init__(self, path: Any, offset: int, reason: str) -> None:
@@ -50,22 +50,22 @@ class ParamsError(ValueError):
 
 
 def read_params(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
-    """The arrays of a `.params` file, written by MXNet's `save_parameters`, `save_checkpoint` or `nd.save`.
+    """Read the arrays of a `.params` file that MXNet's `save_parameters`, `save_checkpoint` or `nd.save` has written.
 
-    Nothing is copied: the arrays are read-only views of the memory-mapped file, which has to stay as it is while they
-    are in use. Every length is checked against what is left of the file before anything is allocated, so that time and
-    memory are bounded by the file's size.
+    Nothing is copied: the arrays are read-only views of the memory-mapped file, which must not change while they are in
+    use. Every length is compared with the rest of the file before memory is allocated, so time and memory are bounded
+    by the size of the file.
 
     Args:
         path: The file.
 
     Returns:
-        Name -> array, in the file's order; `arg:` and `aux:` of `save_checkpoint` are taken off, as Gluon does. An
-        array that was saved without a value ("none") is a float32 array of shape (0,).
+        Name -> array, in the order of the file. The prefixes `arg:` and `aux:` of `save_checkpoint` are removed, as
+        Gluon does. An array that was saved without a value ("none") is a float32 array of shape (0,).
 
     Raises:
-        ParamsError: The file is truncated, malformed or followed by more bytes, holds a sparse array or one of unknown
-            dtype, an array without a name, or two of one name; the message has the offset and the reason.
+        ParamsError: The file is truncated or malformed, has more bytes after its end, a sparse array, an unknown dtype,
+            an array without a name or two arrays of one name. The message has the offset and the reason.
         OSError: The file cannot be read.
     """
     with open(path, 'rb') as file:
@@ -76,31 +76,31 @@ def read_params(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
 
 
 def is_params(path: str | os.PathLike[str]) -> bool:
-    """Whether a file begins as a `.params` file does."""
+    """True if the file begins like a `.params` file."""
     with open(path, 'rb') as file:
         return file.read(8) == struct.pack('<Q', _LIST)
 
 
 def parse_params(buffer: Any, path: Any = '<buffer>') -> dict[str, np.ndarray]:
-    """`read_params` of bytes or anything else that is a buffer; the arrays are views of it.
+    """Parse the content of a `.params` file as `read_params` does; the arrays are views of the buffer.
 
     Args:
-        buffer: A whole file's bytes.
-        path: What errors call it.
+        buffer: Bytes of a complete file, or another buffer.
+        path: Name of the file in errors.
     """
     return _Parser(buffer, path).file()
 
 
 def write_params(path: str | os.PathLike[str], arrays: Mapping[str, np.ndarray]) -> None:
-    """Write arrays as MXNet 1.9.1 does: complete, or the file stays as it was.
+    """Write arrays as MXNet 1.9.1 does. After an error the file has not changed.
 
     Args:
-        path: The file; one that is there is replaced.
-        arrays: Name -> array of float32, float64, float16, uint8, int32, int8, int64 or bool. Those of no dimensions or
-            no elements are written as V3, which MXNet reads with `npx.set_np()`; all others as V2.
+        path: The file. It is replaced if it exists.
+        arrays: Name -> array of float32, float64, float16, uint8, int32, int8, int64 or bool. Arrays without dimensions
+            or elements are written as V3 records, which MXNet reads with `npx.set_np()`; all others as V2 records.
 
     Raises:
-        ValueError: Another dtype, more than 32 dimensions, or a name that would not be read as it is.
+        ValueError: An array has another dtype or more than 32 dimensions, or a name begins with `arg:` or `aux:`.
     """
     for name, array in arrays.items():
         if array.dtype.newbyteorder('<') not in _DTYPES:
@@ -109,7 +109,7 @@ def write_params(path: str | os.PathLike[str], arrays: Mapping[str, np.ndarray])
         if array.ndim > _MAX_DIMS:
             raise ValueError(f'{name!r}: expected at most {_MAX_DIMS} dimensions, not {array.ndim}.')
         if name.startswith(_PREFIXES):
-            raise ValueError(f'{name!r}: expected a name without {" or ".join(_PREFIXES)}, which readers take off.')
+            raise ValueError(f'{name!r}: expected a name without {" or ".join(_PREFIXES)}, which readers remove.')
     names = [name.encode() for name in arrays]
     with replaced_file(Path(path)) as file:
         file.write(struct.pack('<3Q', _LIST, 0, len(arrays)))
@@ -125,7 +125,7 @@ def write_params(path: str | os.PathLike[str], arrays: Mapping[str, np.ndarray])
 
 
 class _Parser:
-    """Reads on from an offset; what it reads is checked against what is left first."""
+    """Reads a file from its start to its end; each length is compared with the rest of the file first."""
 
     def __init__(self, buffer: Any, path: Any) -> None:
         self.buffer, self.path = buffer, path
@@ -136,10 +136,10 @@ class _Parser:
         return ParamsError(self.path, self.offset if offset is None else offset, reason)
 
     def skip(self, length: int, what: str) -> int:
-        """Move past `length` bytes; returns where they begin."""
+        """Skip `length` bytes; return the offset of the first one."""
         start, left = self.offset, self.size - self.offset
         if length > left:
-            raise self.error(f'{what} would take {length} bytes where {left} are left')
+            raise self.error(f'{what} would take {length} bytes, but {left} are left')
         self.offset += length
         return start
 
@@ -152,9 +152,9 @@ class _Parser:
     def file(self) -> dict[str, np.ndarray]:
         magic, reserved = self.numbers('QQ', 'the header')
         if magic != _LIST:
-            raise self.error(f'it begins with {magic:#x} where {_LIST:#x} was expected', 0)
+            raise self.error(f'it begins with {magic:#x}, expected {_LIST:#x}', 0)
         if reserved:
-            raise self.error(f'the reserved field is {reserved:#x} where 0 was expected', 8)
+            raise self.error(f'the reserved field is {reserved:#x}, expected 0', 8)
         count = self.number('Q', 'the number of arrays')
         if count > (self.size - self.offset) // _MIN_RECORD:
             raise self.error(f'{count} arrays do not fit into the {self.size - self.offset} bytes left', 16)
@@ -171,25 +171,28 @@ class _Parser:
             storage = self.number('i', "an array's storage type")
             if storage != 0:
                 kind = _SPARSE.get(storage, 'unknown')
-                raise self.error(f'storage type {storage} ({kind}) where 0 (dense) was expected', start + 4)
+                raise self.error(f'storage type {storage} ({kind}), expected 0 (dense)', start + 4)
         shape = self.shape(magic, start)
         if shape is None:
             return _NONE
         _, _, code = self.numbers('3i', "an array's device and dtype")
         if not 0 <= code < len(_DTYPES):
-            raise self.error(f'unknown dtype {code}; 0 to {len(_DTYPES) - 1} are known', self.offset - 4)
+            raise self.error(f'unknown dtype {code}, expected 0 to {len(_DTYPES) - 1}', self.offset - 4)
         return self.values(_DTYPES[code], shape, start)
 
     def shape(self, magic: int, start: int) -> tuple[int, ...] | None:
-        """None for an array without a value, which has nothing after its shape."""
-        dims, layout = magic, 'I'  # the oldest records have no magic number
+        """Read a shape; return None for an array without a value, whose record ends here."""
+        dims, layout = magic, 'I'  # the oldest records begin with the number of dimensions
         if magic in (_V1, _V2, _V3):
             dims, layout = self.number('I', "an array's number of dimensions"), 'q'
             if magic == _V3 and dims == _UNKNOWN_DIMS:
                 return None
         if dims > _MAX_DIMS:
             what = f'{dims} dimensions' if layout == 'q' else f'magic number {magic:#x}'
-            raise self.error(f'an array of {what}; expected at most {_MAX_DIMS} or one of V1 to V3', start)
+            raise self.error(
+                f'an array of {what}, expected at most {_MAX_DIMS} or a magic number of V1 to V3',
+                start,
+            )
         shape = self.numbers(f'{dims}{layout}', f'a shape of {dims} dimensions')
         if not shape and magic != _V3:
             return None
@@ -201,7 +204,7 @@ class _Parser:
 
     def values(self, dtype: np.dtype, shape: tuple[int, ...], start: int) -> np.ndarray:
         if math.prod(max(dim, 1) for dim in shape) * dtype.itemsize > sys.maxsize:
-            raise self.error(f'shape {shape} is beyond all memory', start)
+            raise self.error(f'shape {shape} is larger than any memory', start)
         count = math.prod(shape)
         offset = self.skip(count * dtype.itemsize, f'{dtype.name} values of shape {shape}')
         if dtype == np.bool_ and count and np.frombuffer(self.buffer, np.uint8, count, offset).max() > 1:

@@ -1,4 +1,4 @@
-"""What timm calls for weights in the authors' format: checked, converted in memory, then fitted as any other."""
+"""Loads weights in the authors' format for timm: checks the file, converts it in memory, lets timm adapt it."""
 
 import hashlib
 import os
@@ -17,15 +17,15 @@ __all__ = ['check_published', 'git_blob_id', 'load_pretrained']
 
 
 def load_pretrained(model: Any, path: str | os.PathLike[str]) -> None:
-    """Load a `.params` file of the authors' into a network, fitted to its classes and input channels as timm does.
+    """Load one of the authors' `.params` files into a network; timm adapts it to the classes and input channels.
 
     Args:
-        model: `AtacResNet` or `CifarResNet` with its `pretrained_cfg`, which describes the file.
-        path: The file. Where the cfg's tag stands for a published file, it has to be that one.
+        model: `AtacResNet` or `CifarResNet`. Its `pretrained_cfg` describes the file.
+        path: The file. If the tag of the cfg stands for a published file, it must be that file.
 
     Raises:
-        ValueError: It is another file than the published one; it is no `.params` file (`ParamsError`); its arrays are
-            not those of the network (`ConversionError`). The model stays as it was.
+        ValueError: The file is not the published one, is not a valid `.params` file (`ParamsError`), or its arrays do
+            not fit the network (`ConversionError`). The model has not changed.
     """
     cfg = dict(model.pretrained_cfg)
     state_dict: dict[str, torch.Tensor]
@@ -34,7 +34,7 @@ def load_pretrained(model: Any, path: str | os.PathLike[str]) -> None:
         check_published(path, f'{cfg.get("architecture")}.{cfg.get("tag")}')
     if in_authors_format:
         state_dict = to_state_dict(read_params(path), model, cfg['input_size'][0], cfg['num_classes'])
-    else:  # `file` in the place of the cfg's: timm before 1.0.29 hands us any format
+    else:  # timm before 1.0.29 calls us for a `file` in the cfg whatever its format
         state_dict = load_state_dict(str(path), weights_only=True)
     nowhere = dict.fromkeys(('source', 'url', 'file', 'hf_hub_id', 'hf_hub_filename'))
     load_into(
@@ -42,23 +42,19 @@ def load_pretrained(model: Any, path: str | os.PathLike[str]) -> None:
         pretrained_cfg={**cfg, **nowhere, 'state_dict': state_dict, 'custom_load': False},
         num_classes=model.num_classes,
         in_chans=model.conv1.in_channels,
-        filter_fn=_adapt,
+        filter_fn=lambda state_dict, model: _timm.adapt_state_dict(model, state_dict),
     )
 
 
-def _adapt(state_dict: dict[str, Any], model: Any) -> dict[str, Any]:
-    return _timm.adapt_state_dict(model, state_dict)
-
-
 def check_published(path: str | os.PathLike[str], name: str) -> None:
-    """Make sure that a file is the published one.
+    """Check that a file is the published one.
 
     Args:
         path: The file.
-        name: ARCH.TAG; one that is not in `PUBLISHED` stands for no particular file.
+        name: ARCH.TAG. One that is not in `PUBLISHED` stands for no file, and every file passes.
 
     Raises:
-        ValueError: It is another; the message has both git blob ids.
+        ValueError: It is another file; the message has both git blob ids.
     """
     if name not in PUBLISHED:
         return
@@ -66,14 +62,14 @@ def check_published(path: str | os.PathLike[str], name: str) -> None:
     if found != expected:
         raise ValueError(
             f'{path} is not the file that {name} stands for: its git blob id is {found}, expected {expected}. '
-            f'If it was downloaded, delete it and try again. Weights of your own come in by '
-            f'`timm-atac convert FILE.params OUT_DIR --model {name.partition(".")[0]}`, or under their own tag by '
+            f'If it was downloaded, delete it and try again. To use your own weights, run '
+            f'`timm-atac convert FILE.params OUT_DIR --model {name.partition(".")[0]}`, or give them their own tag: '
             f"timm.create_model(..., pretrained_cfg_overlay=dict(file='FILE.params', custom_load=True, tag='mine'))."
         )
 
 
 def git_blob_id(path: str | os.PathLike[str]) -> str:
-    """The id that git gives a file's content: SHA-1 of `b'blob %d\\0' % size` and the bytes, in hexadecimal."""
+    """Return the id that git gives the content of a file: SHA-1 of `b'blob %d\\0' % size` and the bytes, as hex."""
     with open(path, 'rb') as file:
         digest = hashlib.sha1(b'blob %d\0' % os.fstat(file.fileno()).st_size, usedforsecurity=False)
         while block := file.read(1 << 20):

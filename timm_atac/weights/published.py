@@ -1,20 +1,20 @@
-"""Which tags have weights, where those are (the authors' files, our repositories on the Hub), and how they come in."""
+"""The tags that have weights, and where: in the authors' files or in our repositories on the Hub."""
 
 import os
 from typing import Any, NamedTuple
 
-__all__ = ['HUB_ORG', 'PUBLISHED', 'Published', 'source']
+__all__ = ['HUB_ORG', 'PUBLISHED', 'Published', 'cfg_fields']
 
 HUB_ORG = os.environ.get('TIMM_ATAC_HUB_ORG', '').strip()
-"""Owner of the repositories `HUB_ORG/ARCH.TAG` on the Hub, '' while there are none; read when timm is imported."""
+"""Owner of the repositories `HUB_ORG/ARCH.TAG` on the Hub, '' if there are none. It is read when timm is imported."""
 
 
 class Published(NamedTuple):
-    """A file of the authors' on the network.
+    """A file that the authors have published.
 
     Attributes:
-        url: Where it is.
-        git_blob: Its git blob id, SHA-1 of `b'blob %d\\0' % size` and the bytes, in hexadecimal.
+        url: Its address.
+        git_blob: Its git blob id, see `timm_atac.weights.pretrained.git_blob_id`.
     """
 
     url: str
@@ -31,8 +31,8 @@ PUBLISHED = {
 }
 
 
-def source(name: str) -> dict[str, Any]:
-    """The fields of a pretrained cfg that say where the weights are; of the two, timm prefers the Hub.
+def cfg_fields(name: str) -> dict[str, Any]:
+    """Return the fields of a pretrained cfg that say where the weights are. timm prefers the Hub to the address.
 
     Args:
         name: ARCH.TAG, a key of `PUBLISHED`.
