@@ -10,7 +10,7 @@ from networks import wild_units
 from timm.layers import SEModule
 from timm.layers.activations import GELUTanh
 
-from timm_atac import ATAC, LocalSE, NiN, SEActivation, replace_activations
+from timm_atac import ATAC, LocalSE, NiN, SEActivation, gate, replace_activations
 from timm_atac.gates.pictures import gate_maps
 
 
@@ -160,6 +160,21 @@ def test_hooks_of_others_may_change_the_output() -> None:
     model = nn.Sequential(ATAC(3))
     model[0].register_forward_hook(lambda module, args, output: output.flatten(2))
     assert gate_maps(model, torch.randn(1, 3, 4, 6))['0'].shape == (1, 3, 4, 6)
+
+
+@pytest.mark.parametrize('types', [SEModule, nn.ReLU])
+def test_hooks_may_change_the_input(types) -> None:
+    """The gates are those of the input that the module gets, also if a hook of the user changes it."""
+    model = timm.create_model('resnet8_cifar', attn_layer='se').eval()
+    name, module = next((name, m) for name, m in model.named_modules() if isinstance(m, types))
+    module.register_forward_pre_hook(lambda module, args: (args[0] - 1,))
+    inputs: list[torch.Tensor] = []
+    module.register_forward_pre_hook(lambda module, args: inputs.append(args[0].clone()))
+    gates = gate_maps(model, torch.randn(B, 3, 32, 32), types)
+    assert len(inputs) == 1
+    module._forward_pre_hooks.clear()
+    with torch.no_grad():
+        torch.testing.assert_close(gates[name], gate(module, inputs[0]))
 
 
 @pytest.mark.parametrize('fails', [False, True])

@@ -142,7 +142,7 @@ def test_comparison_errors(tmp_path) -> None:
     resnet: Any = timm.create_model('test_resnet')
     fails({'ReLU': relu, 'R': resnet}, 'different images: ReLU 3x32x32, R 3x160x160. .*compare_picture.*img_size=')
     resnet.pretrained_cfg = {**resnet.pretrained_cfg, 'input_size': (3, 32, 32)}
-    fails({'A': relu, 'B': resnet}, r'no place .* in common: A: stages.0.0, .*, act; B: conv1, .*, layer4.0')
+    fails({'A': relu, 'B': resnet}, r'no block .* in common: A: stages.0.0, .*, act; B: conv1, .*, layer4.0')
     plain = nn.Conv2d(3, 3, 1)
     with pytest.raises(ValueError, match='B: none'):
         check_comparable({'A': relu, 'B': plain}, img_size=32)
@@ -161,9 +161,12 @@ def test_a_registered_activation_is_compared(tmp_path) -> None:
     assert len(compare_picture(models, photo(32, 32), tmp_path / 'gates.png')['a']) == 4
 
 
-def test_by_attribute() -> None:
+def test_public_names() -> None:
     assert timm_atac.viz.gate_maps is gate_maps
     assert 'viz' in dir(timm_atac)
+    assert dir(timm_atac.viz) == sorted(timm_atac.viz.__all__)
+    assert {'check_comparable', 'compare_picture', 'gate_maps', 'gated_units', 'gates_picture'} <= {*dir(timm_atac.viz)}
+    assert all(callable(getattr(timm_atac.viz, name)) for name in dir(timm_atac.viz))
 
 
 def test_without_matplotlib(tmp_path, monkeypatch) -> None:
@@ -181,7 +184,8 @@ def test_without_matplotlib(tmp_path, monkeypatch) -> None:
 
 def test_pyplot_and_the_users_settings_are_left_alone(python, tmp_path) -> None:
     code = (
-        'import sys, numpy, torch, timm_atac.viz as viz\n'
+        'import sys, numpy, torch\n'
+        'from timm_atac import viz\n'
         "assert 'matplotlib' not in sys.modules\n"
         'import matplotlib\n'
         "matplotlib.rcParams['lines.linewidth'] = 7\n"

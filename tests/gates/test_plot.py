@@ -1,4 +1,4 @@
-"""timm_atac/gates/plot.py with page.py."""
+"""timm_atac/gates/plot.py with figure.py."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from timm_atac.gates.pictures import plot_comparison, plot_gates
-from timm_atac.gates.plot import _layer
+from timm_atac.gates.plot import _panel
 
 
 def draw(gates: dict[str, torch.Tensor], image: Any, path: Any, title: str | None = None) -> np.ndarray:
@@ -56,7 +56,7 @@ def test_any_number_and_shape(tmp_path, shapes, image) -> None:
 
 
 def grids(*shapes: tuple[int, ...], image: tuple[int, int]) -> list[Any]:
-    heats = [_layer('', torch.rand(1, *s), image[1] / image[0]).heat for s in shapes]
+    heats = [_panel('', torch.rand(1, *s), image[1] / image[0]).heat for s in shapes]
     return [None if heat is None else heat.shape for heat in heats]
 
 
@@ -69,7 +69,7 @@ def test_which_positions_are_a_map() -> None:
 
 def test_tokens_are_in_reading_order_after_the_class_token() -> None:
     gates = torch.arange(5.0).reshape(1, 1, 5)
-    heat = _layer('', gates, 1.0).heat
+    heat = _panel('', gates, 1.0).heat
     assert heat is not None and heat.tolist() == [[1, 2], [3, 4]]
 
 
