@@ -1,7 +1,7 @@
 """The gates of a model's modules in one forward pass, recorded with hooks."""
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from ..inference.fuse import FusedATAC
 from ..units.atac import ATAC
 from ..units.infer_width import width_at
 from ..units.xunit import XUnit
+from ..utils.forward_pass import evaluation_mode
 from .gate import UNITS, has_gate, in_layout_of_input, output_of_gate_layer, unknown_gate, without_compiled_code
 from .gate import gate as gate_of
 
@@ -78,7 +79,8 @@ def gate_maps_and_block_ends(
     reference = next((t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()), x)
     recorder = _Recorder()
     with ExitStack() as stack:
-        stack.enter_context(_inference(model))
+        stack.enter_context(evaluation_mode(model))
+        stack.enter_context(torch.no_grad())  # tensors of inference_mode in a cache of the model could not train later
         stack.enter_context(without_compiled_code())
         for name, module in modules.items():
             for handle in recorder.add_hooks(model, name, module):
@@ -191,27 +193,3 @@ def _channels_first(gate: torch.Tensor, input_fmt: str) -> torch.Tensor:
     if input_fmt in ('NHWC', 'NLC'):
         gate = gate.movedim(-1, 1)
     return gate if gate.shape[2:].numel() > 1 else gate.reshape(*gate.shape[:2], 1, 1)
-
-
-@contextmanager
-def _inference(model: nn.Module) -> Iterator[None]:
-    """Every module as in `eval()`, no gradients; then modes and buffers as before.
-
-    Not `inference_mode`, whose tensors would stay in the cache of a host that has one and be of no use in training.
-    """
-    modes = {module: module.training for module in model.modules()}
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    try:
-        for module in modes:
-            module.training = False
-        with torch.no_grad():
-            yield
-    finally:
-        if modes[model]:
-            model.train()  # timm's LeViT and others forget here what they have cached
-        for module, training in modes.items():
-            module.training = training
-        with torch.no_grad():
-            for buffer, value in buffers:
-                if not torch.equal(buffer, value):
-                    buffer.copy_(value)

@@ -8,6 +8,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from .. import _timm
+from ..utils.forward_pass import evaluation_mode
 
 __all__ = ['Profile', 'profile']
 
@@ -43,15 +44,13 @@ def profile(model: nn.Module, input_size: tuple[int, int, int] | None = None) ->
 
     layers = [module for module in model.modules() if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear))]
     hooks = [layer.register_forward_hook(count) for layer in layers]
-    modes = {module: module.training for module in model.modules()}
     like = next(model.parameters())
     try:
-        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # it misses kernels for CPUs
-            model.eval()(torch.zeros(1, *size, device=like.device, dtype=like.dtype))
+        # the counter misses attention kernels for CPUs
+        with evaluation_mode(model), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            model(torch.zeros(1, *size, device=like.device, dtype=like.dtype))
     finally:
         for hook in hooks:
             hook.remove()
-        for module, training in modes.items():
-            module.training = training
     params = sum(p.numel() for p in model.parameters())
     return Profile(params / 1e6, counter.get_total_flops() / 2e9, sum(outputs) / 1e6, size)

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map_only
 
 from .. import _timm
 
-__all__ = ['ForwardObserver', 'example_inputs', 'floating', 'observe_forward', 'shapes']
+__all__ = ['ForwardObserver', 'evaluation_mode', 'example_inputs', 'floating', 'observe_forward', 'shapes']
 
 
 class ForwardObserver(TorchFunctionMode, ABC):
@@ -29,6 +29,37 @@ class ForwardObserver(TorchFunctionMode, ABC):
     @abstractmethod
     def leave(self, module: nn.Module, args: tuple, output: Any) -> None:
         """A module has run."""
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """A context in which no module trains. It restores modes and buffers at its end, also after an exception.
+
+    It sets `training` and does not call `eval()`, which some models override: LoRA layers merge their weights there.
+
+    Args:
+        model: Any model. Other state that its forward pass changes is not restored.
+    """
+    modes = {module: module.training for module in model.modules()}
+    buffers = [
+        (module, name, buffer, None if buffer.is_meta else buffer.clone())
+        for module in modes
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    try:
+        for module in modes:
+            module.training = False
+        yield
+    finally:
+        if modes[model]:
+            model.train()  # a model such as timm's LeViT empties here what it has cached for inference
+        for module, training in modes.items():
+            module.training = training
+        for module, name, buffer, value in buffers:
+            module._buffers[name] = buffer
+            if value is not None and not torch.equal(buffer, value):
+                buffer.detach().copy_(value)
 
 
 W = TypeVar('W', bound=ForwardObserver)
@@ -68,7 +99,7 @@ def example_inputs(model: nn.Module, example_input: Any = None) -> tuple:
 
 def _run(model: nn.Module, inputs: tuple, watcher: W) -> tuple[W, Any]:
     with ExitStack() as stack:
-        stack.enter_context(_inference(model))
+        stack.enter_context(evaluation_mode(model))
         stack.enter_context(torch.no_grad())
         for module in model.modules():
             handles = (
@@ -99,21 +130,6 @@ def _meta_copy(model: nn.Module) -> tuple[nn.Module, dict[nn.Module, nn.Module]]
 def _to_meta(t: torch.Tensor) -> torch.Tensor:
     meta = t.detach().to('meta')
     return nn.Parameter(meta, requires_grad=False) if isinstance(t, nn.Parameter) else meta
-
-
-@contextmanager
-def _inference(model: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
-    buffers = {buffer: buffer.clone() for buffer in model.buffers()}
-    try:
-        model.eval()
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
-        with torch.no_grad():
-            for buffer, value in buffers.items():
-                buffer.copy_(value)
 
 
 def floating(module: nn.Module | None) -> Iterator[torch.Tensor]:
