@@ -106,7 +106,7 @@ def input_size(model: Any) -> tuple[int, int, int]:
     return (channels, *size)
 
 
-def adapt_state_dict(model: nn.Module, state_dict: dict[str, Any]) -> dict[str, Any]:
+def adapt_state_dict(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Any]:
     """What timm does with the weights of a model's class when it loads them, to another image size for one."""
     modules = (sys.modules[cls.__module__] for cls in type(model).__mro__)
     adapt = next((vars(m)['checkpoint_filter_fn'] for m in modules if 'checkpoint_filter_fn' in vars(m)), None)

@@ -142,12 +142,12 @@ def test_second_derivatives(fused) -> None:
 @pytest.mark.parametrize(
     ('kwargs', 'message'),
     [
-        ({'output_stride': 16}, 'dilation=2: expected stride 1 or 2 and no dilation. .*output_stride=32'),
+        ({'output_stride': 16}, 'dilation=2: expected stride 1 or 2, and dilation 1. .*output_stride=32'),
         ({'stem_type': 'deep'}, "{'stem_type': 'deep'} together with attention_stem=True"),
         ({'replace_stem_pool': True}, "{'replace_stem_pool': True} together with attention_stem=True"),
         ({'aa_layer': 'blurpool'}, "{'aa_layer': 'blurpool'} together with attention_stem=True"),
         ({'cardinality': 32, 'base_width': 4}, 'cardinality=32: expected 1'),
-        ({'base_width': 9}, 'out_channels=9, num_heads=8: expected a multiple of 16'),
+        ({'base_width': 9}, 'out_channels=9, num_heads=8: expected out_channels a multiple of 16'),
     ],
 )
 def test_errors(kwargs, message) -> None:

@@ -147,7 +147,7 @@ class _Recorder:
                 return
             self._is_computing = True
             try:
-                gates[:] = [gate_of(module, args[0])]  # before the call, since the module may work in place
+                gates[:] = [gate_of(module, args[0]).clone()]  # now, since the module may write over its input
             finally:
                 self._is_computing = False
 

@@ -47,7 +47,7 @@ def load_pretrained(model: Any, path: str | os.PathLike[str]) -> None:
 
 
 def _adapt(state_dict: dict[str, Any], model: Any) -> dict[str, Any]:
-    return _timm.adapt_state_dict(model, state_dict)
+    return _timm.adapt_state_dict(state_dict, model)
 
 
 def check_published(path: str | os.PathLike[str], name: str) -> None:
