@@ -82,14 +82,14 @@ LAYERS = [f'layer{layer}.0' for layer in range(1, 5)]
 @pytest.mark.parametrize(
     'table, own',
     [
-        # the activation of ATAC's name; SE has another; no place but the blocks
+        # ReLU has an activation of the name of ATAC's; SE has another name
         (CIFAR, {'ReLU': ['act2'] * 3, 'SE': ['attn'] * 3, 'ATAC': ['act2'] * 3}),
-        # a unit at the end of the branch is in no activation's place
+        # LocalSE does not replace an activation, so it does not determine the name
         (CIFAR, {'LocalSENet': ['attn'] * 3, 'ReLU': ['act2'] * 3}),
         (CIFAR, {'LocalSENet': ['attn'] * 3, 'ATAC': ['act2'] * 3, 'SEActivation': ['act2'] * 3}),
-        # without units: the last before the addition
+        # without units, the last activation before the addition
         (RESNET, {'ReLU': ['act1', 'act1', 'act2', 'act1'], 'SE': ['se'] * 4}),
-        # with units: also that after the addition, if they are there
+        # with units after the addition, the activation after the addition
         (
             RESNET,
             {'SE': ['se'] * 4, 'ATAC': ['act2', 'act2', 'act3', 'act2'], 'ReLU': ['act2', 'act2', 'act3', 'act2']},
@@ -110,7 +110,7 @@ def test_places_outside_of_blocks(tmp_path) -> None:
 
 
 def test_a_comparison(tmp_path) -> None:
-    """Each model gets the image of the first, normalised for itself; the gates are its own, the picture is there."""
+    """Every model gets the same image with its own normalisation, and `compare_picture` returns and draws its gates."""
     models = {label: wild_units(timm.create_model(**CIFAR[label])) for label in ('ReLU', 'SE', 'ATAC')}
     models['SE'].pretrained_cfg = {**models['SE'].pretrained_cfg, 'mean': (0, 0, 0), 'std': (1, 1, 1), 'crop_pct': 0.5}
     inputs: dict[str, torch.Tensor] = {}

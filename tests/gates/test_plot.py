@@ -1,4 +1,4 @@
-"""timm_atac/gates/plot.py with figure.py."""
+"""timm_atac/gates/plot.py: from gates to PNG files."""
 
 from typing import Any
 
@@ -20,7 +20,7 @@ def draw(gates: dict[str, torch.Tensor], image: Any, path: Any, title: str | Non
 
 
 def test_the_map_follows_the_gates(tmp_path) -> None:
-    """A layer with a bright corner, and the same turned by half: only those two corners of its map differ."""
+    """The gates are high in one corner, or by a rotation in the opposite one: only these corners of the map differ."""
     gates = torch.full((1, 4, 8, 8), 0.4)
     gates[:, :, :3, :3] = 0.9
     image = np.full((32, 32), 128, dtype=np.uint8)
@@ -104,7 +104,7 @@ def test_a_failed_write_leaves_what_was_there(tmp_path, monkeypatch) -> None:
 
 
 def test_one_gate_a_channel_is_a_map_of_one_colour(tmp_path) -> None:
-    """Columns of local and of global gates: where the local ones are as the global ones, so is the colour."""
+    """Where the gates per position equal the gate of the whole image, both maps have the same colour."""
     local = torch.full((1, 4, 8, 8), 0.2)
     local[..., 4:] = 0.8
     gates = {'local': {'act': local}, 'global': {'se': torch.full((1, 4, 1, 1), 0.8)}}

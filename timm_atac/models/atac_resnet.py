@@ -113,7 +113,7 @@ default_cfgs = generate_default_cfgs(
             std=(58.393 / 255, 57.12 / 255, 57.375 / 255),
             license='none-stated',
             description=(
-                "The authors' weights. Their log has 21.41 % top-1 and 6.03 % top-5 error on ImageNet-1k at 224 px. "
+                "The authors' weights, by their log 21.41 % top-1 and 6.03 % top-5 error on ImageNet-1k at 224 px. "
                 'Their repository states no licence.'
             ),
         ),
