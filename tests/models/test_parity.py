@@ -13,8 +13,8 @@ from authors_networks import CASES, Case, build, draw, error
 from timm_atac.weights.names import FIXED, open_atac_names
 
 # Largest differences: for logits and loss relative to the largest value of the reference, for a gradient's norm
-# relative to it, and for the sum of a running mean absolute. Our networks run in float64, so the differences are the same
-# on every machine and come from rounding in the reference. The gradients of the ImageNet networks have the largest.
+# relative to it, and for the sum of a running mean absolute. Our networks run in float64, so the differences are the
+# same on every machine and come from rounding in the reference. The gradients of ImageNet networks have the largest.
 LOGITS = 5e-5
 LOSS = 1e-5
 MEANS = 1e-4

@@ -11,10 +11,8 @@ try:
     _tests = timm_tests.load(timm_tests.fetch())
 except subprocess.CalledProcessError as error:
     if os.environ.get('CI'):
-        raise RuntimeError(f"timm's tests cannot be had: {error.stderr}") from error
-    pytest.skip(
-        f"timm's tests come from the package index, which cannot be reached: {error.stderr}", allow_module_level=True
-    )
+        raise RuntimeError(f"timm's tests cannot be downloaded: {error.stderr}") from error
+    pytest.skip(f"timm's tests cannot be downloaded from the package index: {error.stderr}", allow_module_level=True)
 
 _selected = timm_tests.select(_tests)
 globals().update(_selected)

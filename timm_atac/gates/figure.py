@@ -9,6 +9,7 @@ import numpy as np
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.image import AxesImage
 
 __all__ = ['Panel', 'draw']
 
@@ -46,8 +47,8 @@ def draw(pixels: np.ndarray, panels: Sequence[Panel], title: str | None, heads: 
         pixels: The image, (H, W) or (H, W, 3), from 0 to 1.
         panels: The panels in reading order.
         title: Title of the figure.
-        heads: Title of each column. With heads, the panels start in the second row; without, their number sets the
-            number of columns.
+        heads: Title of each column. If given, the panels start in the second row. Otherwise the number of columns
+            depends on the number of panels.
     """
     from matplotlib.figure import Figure  # pyplot would change the global state of the user
     from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -87,11 +88,7 @@ def draw(pixels: np.ndarray, panels: Sequence[Panel], title: str | None, heads: 
         text = _shorten(head, int(11 * width))
         left.set_title(f'\n{text}', fontsize=9.5, loc='left', weight='bold', parse_math=False)
     if shown is not None:
-        cells[0, 1].set_box_aspect(height / _HISTOGRAM)
-        bar = figure.colorbar(shown, cax=cells[0, 1].inset_axes((0, 0, 0.1, 1)))
-        bar.ax.set_facecolor('0.5')  # the middle between black and white of the image
-        bar.set_label('mean gate', fontsize=7)
-        bar.ax.tick_params(labelsize=7)
+        _colour_bar(figure, cells[0, 1], shown, height / _HISTOGRAM)
     return figure
 
 
@@ -127,6 +124,14 @@ def _histogram(axes: 'Axes', values: np.ndarray, aspect: float) -> None:
     axes.set_yticks([])
     axes.tick_params(labelsize=7, length=2, pad=1)
     axes.spines[['top', 'left', 'right']].set_visible(False)
+
+
+def _colour_bar(figure: 'Figure', axes: 'Axes', shown: 'AxesImage', aspect: float) -> None:
+    axes.set_box_aspect(aspect)
+    bar = figure.colorbar(shown, cax=axes.inset_axes((0, 0, 0.1, 1)))
+    bar.ax.set_facecolor('0.5')  # the middle between black and white of the image
+    bar.set_label('mean gate', fontsize=7)
+    bar.ax.tick_params(labelsize=7)
 
 
 def _shorten(text: str, room: int) -> str:
