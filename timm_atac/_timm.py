@@ -95,7 +95,7 @@ def input_size(model: Any) -> tuple[int, int, int]:
     return (channels, *size)
 
 
-def adapt_state_dict(model: nn.Module, state_dict: dict[str, Any]) -> dict[str, Any]:
+def adapt_state_dict(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Any]:
     """Change weights as timm does when it loads them into this class of models, for example for another image size."""
     modules = (sys.modules[cls.__module__] for cls in type(model).__mro__)
     adapt = next((vars(m)['checkpoint_filter_fn'] for m in modules if 'checkpoint_filter_fn' in vars(m)), None)

@@ -63,7 +63,7 @@ elementwise = pytest.mark.parametrize('name', ELEMENTWISE)
 
 
 def unit(cls: Any, **kwargs: Any) -> Any:
-    """A unit with gates of all values."""
+    """Return a unit whose gates spread from 0 to 1."""
     unit = cls(C, **kwargs).double()
     nn.init.normal_(unit.bn2.weight, 2, 1)
     nn.init.normal_(unit.bn1.running_mean)
@@ -71,7 +71,7 @@ def unit(cls: Any, **kwargs: Any) -> Any:
 
 
 def gather_excite_of_timm(**kwargs: Any) -> Any:
-    """With an MLP, which timm 1.0.31 does not come to making itself."""
+    """Return timm's Gather-Excite with an MLP, which timm 1.0.31 fails to create."""
     module = TimmGatherExcite(C, use_mlp=False, **kwargs)
     module.mlp = ConvMlp(C, 2 * C, norm_layer=nn.BatchNorm2d)
     return module
@@ -97,13 +97,13 @@ layered = pytest.mark.parametrize('name', LAYERED)
 
 
 def values(dtype: torch.dtype = torch.float64) -> torch.Tensor:
-    """Large and small ones of both signs, (2, 4, 5, 5), without 0."""
+    """Return large and small values of both signs, (2, 4, 5, 5), without 0."""
     size = torch.logspace(-6, 1.2, 100, dtype=torch.float64)
     return torch.cat([size, -size]).reshape(2, 4, 5, 5).to(dtype)
 
 
 def check(module: nn.Module, x: torch.Tensor, g: torch.Tensor | None = None) -> torch.Tensor:
-    """The definition, on x without zeros."""
+    """Check the definition of a gate on x without zeros, and return the gate."""
     g = gate(module, x) if g is None else g
     torch.testing.assert_close(g.expand_as(x), module(x.clone()) / x, rtol=1e-9, atol=1e-12)
     return g
@@ -129,7 +129,7 @@ def test_it_is_known_if_a_gate_is_wrong(name) -> None:
     module, x = ELEMENTWISE[name][0]().double(), values()
     g = gate(module, x)
     for wrong in (gate(module, -x), g.flip(0), g + 1e-6, g * (1 + 1e-6)):
-        if not torch.equal(wrong, g):  # that of the identity is 1 everywhere, that of a sine is even
+        if not torch.equal(wrong, g):  # the gate of the identity is 1 everywhere, and the gate of a sine is even
             with pytest.raises(AssertionError):
                 check(module, x, wrong)
 
@@ -161,19 +161,19 @@ def test_elementwise_precision(name, dtype) -> None:
     found = gate(module.to(dtype), x)
     assert found.dtype == dtype
     eps = torch.finfo(dtype).eps
-    # a sine's argument is rounded before it is taken
+    # the argument of a sine is rounded
     torch.testing.assert_close(found.double(), expected, rtol=8 * eps, atol=(300 if name == 'siren' else 4) * eps)
 
 
 @elementwise
 def test_elementwise_gradients(name) -> None:
-    """Those of G * x are those of the module; at 0 there is one."""
+    """The gradients of G * x are those of the module. The gradient of G at 0 is finite."""
     module = ELEMENTWISE[name][0]().double()
     x = values().requires_grad_()
     inputs = [x, *module.parameters()]
     found = torch.autograd.grad((gate(module, x) * x).sum(), inputs)
     expected = torch.autograd.grad(module(x.clone()).sum(), inputs)
-    torch.testing.assert_close(found, expected, rtol=1e-7, atol=3e-8)  # PyTorch's hardswish has a 1 / 6 of float32
+    torch.testing.assert_close(found, expected, rtol=1e-7, atol=3e-8)  # PyTorch's hardswish rounds 1 / 6 to float32
     zero = torch.zeros(3, dtype=torch.float64, requires_grad=True)
     (gradient,) = torch.autograd.grad(gate(module, zero).sum(), zero)
     assert gradient.isfinite().all()
@@ -200,7 +200,7 @@ def test_prelu_with_a_slope_for_each_channel() -> None:
 
 
 class _Of(nn.Module):
-    """The gate as a module."""
+    """A module that returns the gate of another module."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -223,7 +223,7 @@ def test_names_of_timm(context) -> None:
 @layered
 @pytest.mark.parametrize('training', [False, True])
 def test_layered(name, training) -> None:
-    """In both modes; the module is the same afterwards."""
+    """The gate is right in both modes, and the module is unchanged."""
     make, shape = LAYERED[name]
     module = make().double().train(training)
     x = torch.randn(B, C, 4, 6, dtype=torch.float64)
@@ -239,7 +239,7 @@ def test_layered(name, training) -> None:
     check(module, x, g)
     with pytest.raises(AssertionError):
         check(module, x, gate(module, x.flip(0)))
-    with torch.no_grad():  # another way through the fused and the lean unit
+    with torch.no_grad():  # fused units and ATACMe compute it differently without gradients
         check(module, x)
 
 

@@ -1,4 +1,4 @@
-"""timm_atac/gates/maps.py, through `gate_maps` of viz.py."""
+"""timm_atac/gates/maps.py."""
 
 from typing import Any, NamedTuple
 
@@ -10,7 +10,7 @@ from networks import wild_units
 from timm.layers import SEModule
 from timm.layers.activations import GELUTanh
 
-from timm_atac import ATAC, LocalSE, NiN, SEActivation, replace_activations
+from timm_atac import ATAC, LocalSE, NiN, SEActivation, gate, replace_activations
 from timm_atac.gates.pictures import gate_maps
 
 
@@ -19,7 +19,7 @@ class Case(NamedTuple):
     kwargs: dict[str, Any]
     image: tuple[int, ...]
     units: int
-    shapes: dict[str, tuple[int, ...]]  # of the first and the last, and of special ones
+    shapes: dict[str, tuple[int, ...]]  # of the first, the last and special modules
 
 
 B = 2
@@ -46,7 +46,7 @@ CASES = [
         3,
         {'stages.0.0.attn': (16, 8, 8), 'stages.2.0.attn': (64, 2, 2)},
     ),
-    # a Linear tells NLC, and the maps are (B, H, W, C)
+    # maps (B, H, W, C): the unit has the layout NLC, because of the Linear layers next to it
     Case(
         'test_convnext',
         {'act_layer': 'atac'},
@@ -110,7 +110,7 @@ def test_shapes_and_values(case) -> None:
 
 @torch.no_grad()
 def expected(unit: Any, x: torch.Tensor) -> torch.Tensor:
-    """Gates of each position by itself, as of an image of one pixel."""
+    """Compute the gates of each position separately, as an image of one pixel."""
     x = x if unit.input_fmt in ('NHWC', 'NLC') else x.movedim(1, -1)
     if isinstance(unit, SEActivation):
         x = x.flatten(1, -2).mean(1)[:, None, None]
@@ -134,7 +134,7 @@ def test_any_device() -> None:
 
 
 class Twice(nn.Module):
-    """Calls one unit twice, on different shapes, another one never, and raises where it should."""
+    """Calls one unit twice, on different shapes, and another one never. It raises an error if `fails`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -162,13 +162,28 @@ def test_hooks_of_others_may_change_the_output() -> None:
     assert gate_maps(model, torch.randn(1, 3, 4, 6))['0'].shape == (1, 3, 4, 6)
 
 
+@pytest.mark.parametrize('types', [SEModule, nn.ReLU])
+def test_hooks_may_change_the_input(types) -> None:
+    """The gates are those of the input that the module gets, also if a hook of the user changes it."""
+    model = timm.create_model('resnet8_cifar', attn_layer='se').eval()
+    name, module = next((name, m) for name, m in model.named_modules() if isinstance(m, types))
+    module.register_forward_pre_hook(lambda module, args: (args[0] - 1,))
+    inputs: list[torch.Tensor] = []
+    module.register_forward_pre_hook(lambda module, args: inputs.append(args[0].clone()))
+    gates = gate_maps(model, torch.randn(B, 3, 32, 32), types)
+    assert len(inputs) == 1
+    module._forward_pre_hooks.clear()
+    with torch.no_grad():
+        torch.testing.assert_close(gates[name], gate(module, inputs[0]))
+
+
 @pytest.mark.parametrize('fails', [False, True])
 def test_the_model_is_as_before(fails) -> None:
     model = Twice()
     model.fails = fails
     model.act.bn1.eval()  # each module has a mode of its own
-    heard: list[int] = []
-    model.act.register_forward_hook(lambda *_: heard.append(1))
+    calls: list[int] = []
+    model.act.register_forward_hook(lambda *_: calls.append(1))
     before = [(dict(m._forward_hooks), m.training) for m in model.modules()]
     state = {k: v.clone() for k, v in model.state_dict().items()}
     grad = torch.is_grad_enabled()
@@ -177,7 +192,7 @@ def test_the_model_is_as_before(fails) -> None:
             gate_maps(model, torch.randn(1, 3, 4, 6))
     else:
         gate_maps(model, torch.randn(1, 3, 4, 6))
-    assert heard == [1] * (1 if fails else 2)
+    assert calls == [1] * (1 if fails else 2)
     assert [(dict(m._forward_hooks), m.training) for m in model.modules()] == before
     assert model.state_dict().keys() == state.keys() and model.training and torch.is_grad_enabled() == grad
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
@@ -244,7 +259,7 @@ def test_gates_of_activations_that_write_over_their_input() -> None:
 
 
 def test_gates_of_several_types(small) -> None:
-    """The units' gates are those that they have when they run, and a unit that runs for its gate is not counted."""
+    """Given types that contain units, their gates are those of `gate_maps(model, x)`, one for each call."""
     x = torch.randn(1, 1, 8, 8)
     model = wild_units(timm.create_model('resnet8_cifar', in_chans=1, act_layer='atac', attn_layer='se'))
     gates = gate_maps(model, x, (ATAC, SEModule, nn.ReLU))

@@ -82,14 +82,14 @@ LAYERS = [f'layer{layer}.0' for layer in range(1, 5)]
 @pytest.mark.parametrize(
     'table, own',
     [
-        # the activation of ATAC's name; SE has another; no place but the blocks
+        # ReLU has an activation of the name of ATAC's; SE has another name
         (CIFAR, {'ReLU': ['act2'] * 3, 'SE': ['attn'] * 3, 'ATAC': ['act2'] * 3}),
-        # a unit at the end of the branch is in no activation's place
+        # LocalSE does not replace an activation, so it does not determine the name
         (CIFAR, {'LocalSENet': ['attn'] * 3, 'ReLU': ['act2'] * 3}),
         (CIFAR, {'LocalSENet': ['attn'] * 3, 'ATAC': ['act2'] * 3, 'SEActivation': ['act2'] * 3}),
-        # without units: the last before the addition
+        # without units, the last activation before the addition
         (RESNET, {'ReLU': ['act1', 'act1', 'act2', 'act1'], 'SE': ['se'] * 4}),
-        # with units: also that after the addition, if they are there
+        # with units after the addition, the activation after the addition
         (
             RESNET,
             {'SE': ['se'] * 4, 'ATAC': ['act2', 'act2', 'act3', 'act2'], 'ReLU': ['act2', 'act2', 'act3', 'act2']},
@@ -110,7 +110,7 @@ def test_places_outside_of_blocks(tmp_path) -> None:
 
 
 def test_a_comparison(tmp_path) -> None:
-    """Each model gets the image of the first, normalised for itself; the gates are its own, the picture is there."""
+    """Every model gets the same image with its own normalisation, and `compare_picture` returns and draws its gates."""
     models = {label: wild_units(timm.create_model(**CIFAR[label])) for label in ('ReLU', 'SE', 'ATAC')}
     models['SE'].pretrained_cfg = {**models['SE'].pretrained_cfg, 'mean': (0, 0, 0), 'std': (1, 1, 1), 'crop_pct': 0.5}
     inputs: dict[str, torch.Tensor] = {}
@@ -142,7 +142,7 @@ def test_comparison_errors(tmp_path) -> None:
     resnet: Any = timm.create_model('test_resnet')
     fails({'ReLU': relu, 'R': resnet}, 'different images: ReLU 3x32x32, R 3x160x160. .*compare_picture.*img_size=')
     resnet.pretrained_cfg = {**resnet.pretrained_cfg, 'input_size': (3, 32, 32)}
-    fails({'A': relu, 'B': resnet}, r'no place .* in common: A: stages.0.0, .*, act; B: conv1, .*, layer4.0')
+    fails({'A': relu, 'B': resnet}, r'no block .* in common: A: stages.0.0, .*, act; B: conv1, .*, layer4.0')
     plain = nn.Conv2d(3, 3, 1)
     with pytest.raises(ValueError, match='B: none'):
         check_comparable({'A': relu, 'B': plain}, img_size=32)
@@ -161,9 +161,12 @@ def test_a_registered_activation_is_compared(tmp_path) -> None:
     assert len(compare_picture(models, photo(32, 32), tmp_path / 'gates.png')['a']) == 4
 
 
-def test_by_attribute() -> None:
+def test_public_names() -> None:
     assert timm_atac.viz.gate_maps is gate_maps
     assert 'viz' in dir(timm_atac)
+    assert dir(timm_atac.viz) == sorted(timm_atac.viz.__all__)
+    assert {'check_comparable', 'compare_picture', 'gate_maps', 'gated_units', 'gates_picture'} <= {*dir(timm_atac.viz)}
+    assert all(callable(getattr(timm_atac.viz, name)) for name in dir(timm_atac.viz))
 
 
 def test_without_matplotlib(tmp_path, monkeypatch) -> None:
@@ -181,7 +184,8 @@ def test_without_matplotlib(tmp_path, monkeypatch) -> None:
 
 def test_pyplot_and_the_users_settings_are_left_alone(python, tmp_path) -> None:
     code = (
-        'import sys, numpy, torch, timm_atac.viz as viz\n'
+        'import sys, numpy, torch\n'
+        'from timm_atac import viz\n'
         "assert 'matplotlib' not in sys.modules\n"
         'import matplotlib\n'
         "matplotlib.rcParams['lines.linewidth'] = 7\n"

@@ -1,4 +1,4 @@
-"""timm_atac/gates/plot.py with page.py."""
+"""timm_atac/gates/plot.py: from gates to PNG files."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from timm_atac.gates.pictures import plot_comparison, plot_gates
-from timm_atac.gates.plot import _layer
+from timm_atac.gates.plot import _panel
 
 
 def draw(gates: dict[str, torch.Tensor], image: Any, path: Any, title: str | None = None) -> np.ndarray:
@@ -20,7 +20,7 @@ def draw(gates: dict[str, torch.Tensor], image: Any, path: Any, title: str | Non
 
 
 def test_the_map_follows_the_gates(tmp_path) -> None:
-    """A layer with a bright corner, and the same turned by half: only those two corners of its map differ."""
+    """The gates are high in one corner, or by a rotation in the opposite one: only these corners of the map differ."""
     gates = torch.full((1, 4, 8, 8), 0.4)
     gates[:, :, :3, :3] = 0.9
     image = np.full((32, 32), 128, dtype=np.uint8)
@@ -56,7 +56,7 @@ def test_any_number_and_shape(tmp_path, shapes, image) -> None:
 
 
 def grids(*shapes: tuple[int, ...], image: tuple[int, int]) -> list[Any]:
-    heats = [_layer('', torch.rand(1, *s), image[1] / image[0]).heat for s in shapes]
+    heats = [_panel('', torch.rand(1, *s), image[1] / image[0]).heat for s in shapes]
     return [None if heat is None else heat.shape for heat in heats]
 
 
@@ -69,7 +69,7 @@ def test_which_positions_are_a_map() -> None:
 
 def test_tokens_are_in_reading_order_after_the_class_token() -> None:
     gates = torch.arange(5.0).reshape(1, 1, 5)
-    heat = _layer('', gates, 1.0).heat
+    heat = _panel('', gates, 1.0).heat
     assert heat is not None and heat.tolist() == [[1, 2], [3, 4]]
 
 
@@ -104,7 +104,7 @@ def test_a_failed_write_leaves_what_was_there(tmp_path, monkeypatch) -> None:
 
 
 def test_one_gate_a_channel_is_a_map_of_one_colour(tmp_path) -> None:
-    """Columns of local and of global gates: where the local ones are as the global ones, so is the colour."""
+    """Where the gates per position equal the gate of the whole image, both maps have the same colour."""
     local = torch.full((1, 4, 8, 8), 0.2)
     local[..., 4:] = 0.8
     gates = {'local': {'act': local}, 'global': {'se': torch.full((1, 4, 1, 1), 0.8)}}

@@ -1,4 +1,4 @@
-"""What the authors' MXNet code computes for nine networks, and the same networks here.
+"""Results of the authors' MXNet code for nine networks, and the same networks in timm.
 
 `data/open_atac.npz` holds, for nine networks with parameters drawn by the rule in `draw`, logits, loss, gradient
 norms and running statistics, computed by https://github.com/YimianDai/open-atac at commit 49d42f7 with MXNet 1.9.1 in
@@ -45,7 +45,7 @@ CASES = [read_case(number) for number in range(9)]
 
 
 def build(case: Case) -> nn.Module:
-    """The case as a model of timm, through the arguments that our users have."""
+    """Create the network of a case with `timm.create_model`."""
     options = case.options
     unit = SEActivation if options.get('global') else ATAC
     act_layer: Any = unit if options.get('relu', True) else partial(unit, act_layer=None)
@@ -63,7 +63,7 @@ def build(case: Case) -> nn.Module:
 
 
 def draw(name: str, shape, seed: int) -> torch.Tensor:
-    """The frozen rule by which every parameter and running statistic of the reference was drawn."""
+    """Return a parameter or running statistic by the rule that the reference was computed with. Never change it."""
     rng = np.random.RandomState((zlib.crc32(name.encode()) + seed) % 2**32)
     kind = name.rsplit('.', 1)[1]
     if kind in ('gamma', 'running_var'):

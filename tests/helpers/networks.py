@@ -1,4 +1,4 @@
-"""Networks whose every part has something to do."""
+"""Networks for tests. Every layer of theirs affects the output."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from timm_atac import ATAC
 
 
 def wild(name: str, **kwargs: Any) -> Any:
-    """A network in `eval()` whose residual branches do not end with zeros, and whose norms are not the identity."""
+    """Create a network in `eval()` whose residual branches are not zero and whose norms are not the identity."""
     model: Any = timm.create_model(name, zero_init_last=False, **kwargs).eval()
     for norm in model.modules():
         if isinstance(norm, nn.BatchNorm2d):
@@ -23,7 +23,7 @@ def wild(name: str, **kwargs: Any) -> Any:
 
 
 def wild_units(model: nn.Module) -> Any:
-    """The last norm of a new unit leaves its gates around 0.5: give them all values."""
+    """Spread the gates of the units from 0 to 1; in a new unit they are around 0.5."""
     units: list[Any] = [unit for unit in model.modules() if isinstance(unit, ATAC)]
     for unit in units:
         nn.init.normal_(unit.bn2.weight, 2, 1)
@@ -32,7 +32,7 @@ def wild_units(model: nn.Module) -> Any:
 
 
 def gmacs(model: nn.Module, size: int) -> float:
-    """Multiply-adds of one image of height and width `size`, in billions."""
+    """Return the multiply-adds for one image of height and width `size`, in billions."""
     with FlopCounterMode(display=False) as counter:
         model.eval()(torch.empty(1, 3, size, size, device='meta'))
     return counter.get_total_flops() / 2e9

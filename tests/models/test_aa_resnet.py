@@ -13,7 +13,7 @@ from timm_atac.models.aa_resnet import AAResNet, AugmentedConv2d
 
 
 def attention(layer: Any, x: torch.Tensor) -> torch.Tensor:
-    """Definition, with loops: the paper's equations 1 to 4."""
+    """Compute the attention by its definition, the paper's equations 1 to 4, with loops."""
     attn = layer.attn
     batch, _, height, width = x.shape
     heads, dim, dim_v = attn.num_heads, attn.dim_head_qk, attn.dim_head_v
@@ -54,7 +54,7 @@ def test_formula(stride, pooled) -> None:
 
 
 def test_parameters_part_by_part() -> None:
-    """The paper's 25.8 M: what changes against ResNet-50 is each 3x3 convolution, and it is what is written here."""
+    """The paper has 25.8 M. Only the 3x3 convolutions differ from ResNet-50; their parameters are counted here."""
     model = timm.create_model('aa_resnet50', device='meta')
     changed = 0
     for blocks, width, value, attended in ((4, 128, 16, 14), (6, 256, 24, 14), (3, 512, 48, 7)):

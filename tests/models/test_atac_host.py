@@ -1,4 +1,4 @@
-"""Models with ATAC in them, saved and loaded by timm alone."""
+"""timm_atac/models/atac_host.py: models with ATAC are saved and loaded by timm alone."""
 
 import json
 from functools import partial
@@ -24,7 +24,7 @@ def images(*shape: int) -> torch.Tensor:
 
 
 def randomise(model: nn.Module) -> Any:
-    """Give every parameter and statistic a value of its own, for evaluation."""
+    """Set every parameter and running statistic to random values, and the model to evaluation mode."""
     with torch.no_grad():
         for t in model.state_dict().values():
             if t.is_floating_point():
@@ -33,14 +33,14 @@ def randomise(model: nn.Module) -> Any:
 
 
 def save(model: nn.Module, folder: Path, **model_args) -> str:
-    """Save as timm's users do; the arguments are for a timm that does not keep them. Returns a name to load it by."""
+    """Save a model as timm's users do, and return a name that loads it. Older timm versions need its arguments."""
     save_for_hf(model, str(folder), safe_serialization=SAFE, model_args={} if KEEPS_ARGS else model_args)
     return f'local-dir:{folder}'
 
 
 def units(model: nn.Module) -> dict[str, tuple[str, int | None, str]]:
     found = {name: m for name, m in model.named_modules() if isinstance(m, ChannelModule)}
-    # ATAC and ATACMe have one name
+    # ATAC and ATACMe have the same name
     return {name: (type(m).__name__.removesuffix('Me'), m.channels, m.input_fmt) for name, m in found.items()}
 
 
@@ -82,7 +82,7 @@ def test_saved_by_act_layer(tmp_path) -> None:
 
 @pytest.mark.parametrize('how', ['act_layer', 'replaced'])
 def test_from_the_hub_with_no_import_of_ours(how, python, tmp_path) -> None:
-    """As `hf-hub:` finds it once it is downloaded."""
+    """Save a model like a download in the cache of `hf-hub:`."""
     model: Any
     if how == 'act_layer':
         model = timm.create_model('resnet18', act_layer='atac', num_classes=7)
@@ -150,7 +150,7 @@ def test_features_only_of_a_host_that_cannot(monkeypatch) -> None:
 
 
 def test_weights_of_the_host(tmp_path) -> None:
-    """By name, `pretrained=True` is the host's weights, in which ATAC is then put."""
+    """With the name alone, `pretrained=True` loads the host's weights before the activations are replaced."""
     host = randomise(timm.create_model('resnet18'))
     save(host, tmp_path)
     model: Any = timm.create_model('atac_host', pretrained=True, host=f'local-dir:{tmp_path}', where=4, num_classes=7)
@@ -182,7 +182,7 @@ def test_what_config_json_cannot_hold_is_an_error_of_timm(tmp_path) -> None:
 
 
 def test_size_and_channels_of_the_host() -> None:
-    """The forward pass that finds the widths takes what the model was created for."""
+    """The forward pass that finds the widths uses the input size that the model was created for."""
     model: Any = timm.create_model('atac_host', host='test_vit', img_size=96, in_chans=5)
     assert model(images(2, 5, 96, 96)).shape == (2, 1000)
 

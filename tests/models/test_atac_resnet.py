@@ -20,8 +20,8 @@ def units(model: nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if isinstance(module, ATAC)]
 
 
-# Parameters in M and GMACs at 224: the first row is the paper's Table 4 (28.0M, 4.4), resnet50 a known quantity for
-# the counter itself.
+# Parameters in M and GMACs at 224 px. The first row is in the paper's Table 4 (28.0M, 4.4); the known values of
+# resnet50 check the counter.
 @pytest.mark.parametrize(
     'name, params, macs, num_units',
     [
@@ -116,7 +116,7 @@ def test_interface_of_timm(name) -> None:
     model.reset_classifier(7, 'catavgmax')
     assert model(x).shape == (2, 7)
     assert model.forward_head(features, pre_logits=True).shape == (2, 2 * model.num_features)
-    model.reset_classifier(0, 'catavgmax')  # without it timm's older ResNet goes back to its default
+    model.reset_classifier(0, 'catavgmax')  # by name, since older ResNets of timm reset the pooling to its default
     assert model(x).shape == (2, 2 * model.num_features)
     assert timm.create_model(name, num_classes=0, global_pool='')(x).shape == features.shape
 

@@ -175,7 +175,7 @@ def test_compile_and_export(name) -> None:
     torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), expected)
 
 
-@pytest.mark.filterwarnings('ignore')  # the exporter's own
+@pytest.mark.filterwarnings('ignore')  # warnings of the exporter
 @pytest.mark.parametrize('name', ['atac_resnet8_cifar', 'atac_resnet18'])
 def test_onnx(name, run_onnx) -> None:
     model = timm.create_model(name).eval()

@@ -1,4 +1,4 @@
-"""Where timm goes, we go: programs of other libraries, with no import of ours."""
+"""Libraries on top of timm create our networks and units. Their programs do not import timm_atac."""
 
 from importlib.util import find_spec
 from typing import Any
@@ -10,7 +10,7 @@ from torchvision.models.feature_extraction import create_feature_extractor
 
 INSTALL = "needs pip install '.[ecosystem]'"
 
-# Begins every program, which runs in a fresh interpreter. `timm_atac` is named, not imported.
+# The start of every program. Each runs in a new interpreter and names `timm_atac` without an import.
 UNITS = """
 def units(model):
     return sum(type(m).__name__ == 'ATACMe' and type(m).__module__.startswith('timm_atac.') for m in model.modules())
@@ -21,7 +21,7 @@ import segmentation_models_pytorch as smp
 import torch
 
 torch.manual_seed(0)
-# a network of ours, and one of timm's with our activation: what smp does not know, it hands to `timm.create_model`
+# our network, and timm's with our activation: smp creates encoders that it does not have with `timm.create_model`
 for encoder, kwargs, expected in (('tu-atac_resnet50', {}, 18), ('tu-resnet18', dict(act_layer='atac'), 17)):
     model = smp.Unet(encoder, encoder_weights=None, classes=2, **kwargs)
     assert units(model.encoder) == units(model) == expected
@@ -39,7 +39,7 @@ from fastai.vision.all import *
 set_seed(0)
 images = [PILImage.create(np.random.randint(0, 256, (64, 64, 3), dtype=np.uint8)) for _ in range(12)]
 with tempfile.TemporaryDirectory() as path:
-    # two batches to train with; fastai's default would be to load them in worker processes
+    # two training batches, loaded without fastai's worker processes
     split = dict(valid_pct=1 / 3, bs=4, num_workers=0, device='cpu')
     dls = ImageDataLoaders.from_lists(path, images, ['cat', 'dog'] * 6, **split)
     for arch, kwargs, expected in (('atac_resnet50', {}, 18), ('resnet18', dict(act_layer='atac'), 17)):
@@ -85,7 +85,7 @@ for name, kwargs, expected in (('atac_resnet8_cifar', {}, 7), ('resnet18', dict(
         trainer = lightning.Trainer(max_steps=2, accelerator='cpu', default_root_dir=path, **quiet)
         trainer.fit(model, data)
         assert trainer.global_step == 2
-        # from the file the class makes the model anew, by its name
+        # loading the file creates the model again by its name
         again = Classifier.load_from_checkpoint(trainer.checkpoint_callback.best_model_path)
     assert units(again) == expected
     after = model.state_dict()
@@ -97,7 +97,7 @@ print('done')
 
 
 def program(package: str, code: str):
-    # not `importorskip`: to import fastai changes classes of PyTorch, for all later tests of the process
+    # not `importorskip`, since importing fastai changes classes of PyTorch for all later tests of the process
     return pytest.param(code, marks=pytest.mark.skipif(find_spec(package) is None, reason=INSTALL), id=package)
 
 
@@ -139,7 +139,7 @@ def test_smp_save_and_load(smp, tmp_path) -> None:
     assert torch.equal(smp.from_pretrained(tmp_path).eval()(x), model(x))
 
 
-# two stages, and a unit within the second
+# two stages, and a node inside a unit of the second
 RESNET18_NODES = {'layer3': (2, 256, 4, 6), 'layer4': (2, 512, 2, 3), 'layer4.1.act1': (2, 512, 2, 3)}
 
 
@@ -164,4 +164,4 @@ def test_torchvision_feature_extractor(name, kwargs, nodes) -> None:
         model.get_submodule(node).register_forward_hook(lambda _, __, y, node=node: expected.update({node: y}))
     model.eval()(x)
     for node, feature in extractor.eval()(x).items():
-        torch.testing.assert_close(feature, expected[node])  # FX takes the unit apart
+        torch.testing.assert_close(feature, expected[node])  # torch.fx traces into the unit

@@ -26,7 +26,7 @@ def test_local_attention_of_a_layer() -> None:
     found = layer(x)
     assert found.shape == (2, 8, 4, 3)
     torch.testing.assert_close(found[..., 0, 0], attended[..., :2, :2].mean((2, 3)))
-    torch.testing.assert_close(found[..., 3, 2], attended[..., 6, 4])  # what is left over is not averaged with nothing
+    torch.testing.assert_close(found[..., 3, 2], attended[..., 6, 4])  # the average at the border has no padding
 
 
 def test_values_of_the_stem() -> None:
@@ -51,7 +51,7 @@ def test_stem() -> None:
 
 
 def test_parameters_part_by_part() -> None:
-    """The paper's 18.0 M: queries, keys and values of all channels for each 3x3 convolution."""
+    """The paper has 18.0 M: queries, keys and values of all channels in place of each 3x3 convolution."""
     model = timm.create_model('fa_resnet50', device='meta')
     widths = [64] * 3 + [128] * 4 + [256] * 6 + [512] * 3
     convolutions = sum(9 * width * width for width in widths) + 3 * 64 * 49
@@ -96,7 +96,7 @@ def test_any_image_size(size) -> None:
 
 
 def test_a_training_step_at_224_fits_the_card() -> None:
-    """16 GB for 32 images in float32: what a step of one image needs, 32 times."""
+    """A training step of 32 images in float32 fits 16 GB: 32 times the memory of one image."""
     model = timm.create_model('fa_resnet50')
     x = torch.randn(1, 3, 224, 224)
     kept = bytes_kept(lambda: model(x), model)
@@ -122,7 +122,7 @@ def test_gradients_with_autocast_and_checkpointing() -> None:
 
 @pytest.mark.parametrize('fused', [False, True])
 def test_second_derivatives(fused) -> None:
-    """A gradient penalty; by timm's switch where fused kernels have none."""
+    """A gradient penalty works; with timm's fused attention off, if the fused kernels have no second derivative."""
     set_fused_attn(fused)
     try:
         stem = AttentionStem(3, 16, num_heads=2).double()
@@ -142,12 +142,12 @@ def test_second_derivatives(fused) -> None:
 @pytest.mark.parametrize(
     ('kwargs', 'message'),
     [
-        ({'output_stride': 16}, 'dilation=2: expected stride 1 or 2 and no dilation. .*output_stride=32'),
+        ({'output_stride': 16}, 'dilation=2: expected stride 1 or 2, and dilation 1. .*output_stride=32'),
         ({'stem_type': 'deep'}, "{'stem_type': 'deep'} together with attention_stem=True"),
         ({'replace_stem_pool': True}, "{'replace_stem_pool': True} together with attention_stem=True"),
         ({'aa_layer': 'blurpool'}, "{'aa_layer': 'blurpool'} together with attention_stem=True"),
         ({'cardinality': 32, 'base_width': 4}, 'cardinality=32: expected 1'),
-        ({'base_width': 9}, 'out_channels=9, num_heads=8: expected a multiple of 16'),
+        ({'base_width': 9}, 'out_channels=9, num_heads=8: expected out_channels a multiple of 16'),
     ],
 )
 def test_errors(kwargs, message) -> None:

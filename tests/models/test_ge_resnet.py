@@ -46,7 +46,7 @@ def test_the_sum_is_pytorchs_convolution(bias, memory_format) -> None:
 
 
 def test_parameters_are_those_of_the_authors_definition() -> None:
-    """Sums over models/RN50-GEPP.prototxt of hujie-frank/GENet: the slides' 33.7 M."""
+    """The parameters in models/RN50-GEPP.prototxt of hujie-frank/GENet, 33.7 M in its slides."""
     model = timm.create_model('ge_plus_resnet50', device='meta')
     parts = {'gather': 0, 'mlp': 0, 'rest': 0}
     for name, parameter in model.named_parameters():

@@ -1,4 +1,4 @@
-"""The networks against what the authors' MXNet code computes for them (`tests/helpers/authors_networks.py`)."""
+"""The networks compute the same as the authors' MXNet code (`tests/helpers/authors_networks.py`)."""
 
 import json
 
@@ -12,14 +12,14 @@ from authors_networks import CASES, Case, build, draw, error
 
 from timm_atac.weights.names import FIXED, open_atac_names
 
-# Largest difference: of logits and loss over the largest value of the reference, of a running mean's sum as it is, of a
-# gradient's norm over that norm. Ours is computed in float64, so that the errors are the same on every machine and hold
-# the reference's rounding. It is largest in the gradients of the ImageNet networks.
+# Largest differences: for logits and loss relative to the largest value of the reference, for a gradient's norm
+# relative to it, and for the sum of a running mean absolute. Our networks run in float64, so the differences are the
+# same on every machine and come from rounding in the reference. The gradients of ImageNet networks have the largest.
 LOGITS = 5e-5
 LOSS = 1e-5
 MEANS = 1e-4
 GRADIENTS = {'cifar': 1e-4, 'imagenet': 1.1e-2}
-# A gradient that is zero but for rounding (a bias in front of a norm) must be so here too: this much of the largest.
+# A gradient that is zero except for rounding (of a bias before a norm) must be below this share of the largest one.
 ZERO_GRADIENT = 1e-6
 
 
@@ -64,7 +64,7 @@ def test_parity(case: Case) -> None:
     theirs_sums = dict(zip(case['stat_names'], case['stat_sums'], strict=True))
     errors['running means'] = (max(abs(sums[k] - theirs_sums[k]) for k in means), MEANS)
 
-    # inference, with the reference's own statistics
+    # inference with the statistics of the reference
     ours_of = {theirs: ours for ours, theirs in names.items()}
     values = case['eval_stat_values']
     for name in case['eval_stat_names']:

@@ -1,4 +1,4 @@
-"""timm's own `tests/test_models.py`, of the installed version, on every model we register."""
+"""Every registered model passes timm's `tests/test_models.py` of the installed version."""
 
 import os
 import subprocess
@@ -11,17 +11,15 @@ try:
     _tests = timm_tests.load(timm_tests.fetch())
 except subprocess.CalledProcessError as error:
     if os.environ.get('CI'):
-        raise RuntimeError(f"timm's tests cannot be had: {error.stderr}") from error
-    pytest.skip(
-        f"timm's tests come from the package index, which cannot be reached: {error.stderr}", allow_module_level=True
-    )
+        raise RuntimeError(f"timm's tests cannot be downloaded: {error.stderr}") from error
+    pytest.skip(f"timm's tests cannot be downloaded from the package index: {error.stderr}", allow_module_level=True)
 
 _selected = timm_tests.select(_tests)
 globals().update(_selected)
 if hasattr(_tests, 'cfg_device'):
-    cfg_device = _tests.cfg_device  # a fixture of timm's
+    cfg_device = _tests.cfg_device  # a fixture of timm
 
-pytestmark = [pytest.mark.network, pytest.mark.filterwarnings('ignore')]  # warnings of timm's tests are timm's
+pytestmark = [pytest.mark.network, pytest.mark.filterwarnings('ignore')]  # warnings come from timm's tests
 
 
 def test_all_of_ours_are_tested() -> None:
@@ -39,7 +37,7 @@ def test_all_of_ours_are_tested() -> None:
         'test_model_backward_fx',
         'test_prune_intermediate_layers_contract',
     ):
-        if not hasattr(_tests, name):  # newer than this timm
+        if not hasattr(_tests, name):  # a test that this timm does not have yet
             continue
         tested = {
             timm.models.get_arch_name(model) if '.' in model else model

@@ -1,4 +1,4 @@
-"""Gates as a picture: for each unit a heat map over the image and a histogram, with matplotlib."""
+"""Pictures of gates: for each layer a heat map over the image and a histogram, with matplotlib."""
 
 import io
 import math
@@ -11,42 +11,40 @@ import torch
 from PIL import Image
 
 from .._files import replaced_file
-from .page import Layer, draw
+from .figure import Panel, draw
 
 __all__ = ['plot_comparison', 'plot_gates']
 
-_DPI = 120
-
 
 def plot_gates(
-    gates: dict[str, torch.Tensor],
+    gates: Mapping[str, torch.Tensor],
     image: 'Image.Image | np.ndarray',
     path: str | os.PathLike[str],
     title: str | None = None,
 ) -> None:
     """Draw the gates of the first image of a batch: for each layer a heat map and a histogram.
 
-    A map is the mean over the channels at each position, over the image in grey. All maps have one colour scale, from
-    the 1st to the 99th percentile of all of them. The histogram has the gates of all channels.
+    A heat map is the mean over the channels at each position, over the image in grey. All maps have one colour scale,
+    from the 1st to the 99th percentile of their values. A histogram counts the gates of all channels.
 
     Args:
-        gates: As `gate_maps` returns them, values finite. Tokens (B, C, L) are taken for a grid of the image's shape in
-            reading order, if L or L - 1 (a class token first) is one. Layers without positions, or with others, have
-            no map.
-        image: What the model saw. An array is (H, W), (H, W, 1) or (H, W, 3), uint8 or from 0 to 1; the range of others
-            is that of their values.
-        path: The picture, a PNG of at most 1600 pixels in width. It is there complete or not at all.
-        title: Head line.
+        gates: Finite gates by name, as `gate_maps` returns them. L tokens (B, C, L) are drawn in reading order as a
+            grid of the image's shape, if L or, with a class token first, L - 1 is the size of one. Layers without
+            positions, or with positions of another shape, have no map.
+        image: The image that the model gets. An array is (H, W), (H, W, 1) or (H, W, 3), uint8 or from 0 to 1. Arrays
+            of other values are scaled by their minimum and maximum.
+        path: The PNG file, at most 1600 pixels wide. It is written as a whole, or not at all.
+        title: Title of the picture.
 
     Raises:
         ValueError: `gates` is empty, one is not (B, C, ...) with B >= 1 or not finite; the image has another shape.
         ImportError: matplotlib is not installed.
     """
     pixels = _pixels(image)
-    layers = [_layer(name, gate, pixels.shape[1] / pixels.shape[0]) for name, gate in gates.items()]
-    if not layers:
+    panels = [_panel(name, gate, pixels.shape[1] / pixels.shape[0]) for name, gate in gates.items()]
+    if not panels:
         raise ValueError('gates={}: expected those of at least one layer, as timm_atac.viz.gate_maps returns them.')
-    _save(pixels, layers, path, title)
+    _save(pixels, panels, path, title)
 
 
 def plot_comparison(
@@ -55,19 +53,19 @@ def plot_comparison(
     path: str | os.PathLike[str],
     title: str | None = None,
 ) -> None:
-    """Draw gates of several models side by side: a column for each model, each cell as `plot_gates` has it.
+    """Draw the gates of several models side by side: a column for each model, with the cells of `plot_gates`.
 
-    One gate a channel for all positions is a map of one colour, their mean.
+    A layer with one gate per channel has a map of one colour, the mean of its gates.
 
     Args:
-        gates: For each model, by what stands above its column, gates as `gate_maps` returns them: as many of each, the
-            first of all in the first row.
+        gates: For each model, by the title of its column, gates as `gate_maps` returns them. All models have the same
+            number of layers. The first row shows the first layer of each model.
         image: As in `plot_gates`.
-        path: The picture, a PNG; at most 500 pixels in width for each model.
-        title: Head line.
+        path: The PNG file, at most 500 pixels wide for each model.
+        title: Title of the picture.
 
     Raises:
-        ValueError: There are no gates, or not as many of each model; as `plot_gates`.
+        ValueError: There are no gates, the models have different numbers of layers, or as in `plot_gates`.
         ImportError: matplotlib is not installed.
     """
     counts = {label: len(column) for label, column in gates.items()}
@@ -76,38 +74,34 @@ def plot_comparison(
     pixels = _pixels(image)
     aspect = pixels.shape[1] / pixels.shape[0]
     rows = zip(*(column.items() for column in gates.values()), strict=True)
-    layers = [_layer(name, gate, aspect, is_flat_drawn=True) for row in rows for name, gate in row]
-    _save(pixels, layers, path, title, heads=list(gates))
+    panels = [_panel(name, gate, aspect, with_flat_maps=True) for row in rows for name, gate in row]
+    _save(pixels, panels, path, title, heads=list(gates))
 
 
 def _save(
     pixels: np.ndarray,
-    layers: list[Layer],
+    panels: list[Panel],
     path: str | os.PathLike[str],
     title: str | None,
     heads: Sequence[str] = (),
 ) -> None:
     try:
         import matplotlib.style
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("Drawing needs matplotlib: pip install 'timm_atac[viz]'") from error
-    with matplotlib.style.context('default'):  # whatever the user's own; no pyplot, whose state is the user's too
-        figure = Figure(dpi=_DPI)
-        FigureCanvasAgg(figure)
-        draw(figure, pixels, layers, title, heads)
-        png = io.BytesIO()
-        figure.savefig(png, format='png')
+    png = io.BytesIO()
+    with matplotlib.style.context('default'):  # instead of the user's style
+        figure = draw(pixels, panels, title, heads)
+        figure.savefig(png, format='png', bbox_inches='tight', pad_inches=0.1)
     with replaced_file(Path(path)) as file:
         file.write(png.getvalue())
 
 
-def _layer(name: str, gate: torch.Tensor, aspect: float, is_flat_drawn: bool = False) -> Layer:
-    """What is drawn of a layer's gates (B, C, ...) over an image of `aspect` W / H.
+def _panel(name: str, gate: torch.Tensor, aspect: float, with_flat_maps: bool = False) -> Panel:
+    """Return what is drawn for the gates (B, C, ...) of a layer over an image of `aspect` W / H.
 
     Args:
-        is_flat_drawn: Whether one gate a channel makes a map, of one colour.
+        with_flat_maps: True if one gate per channel gives a map, of one colour.
     """
     if gate.ndim < 3 or not gate.numel() or not gate.isfinite().all():
         raise ValueError(
@@ -116,18 +110,18 @@ def _layer(name: str, gate: torch.Tensor, aspect: float, is_flat_drawn: bool = F
     first = gate[0].float().cpu()
     positions = tuple(first.shape[1:])
     grid, note = _grid(positions, aspect)
+    if with_flat_maps and math.prod(positions) == 1:
+        grid, note = (1, 1), 'one gate per channel'
     mean = first.mean(0).flatten()
-    if is_flat_drawn and len(mean) == 1:
-        grid, note = (1, 1), 'one gate a channel'
     heat = mean[len(mean) - math.prod(grid) :].reshape(grid).numpy() if grid else None
-    return Layer(name, 'x'.join(map(str, first.shape)), first.flatten().numpy(), heat, note)
+    return Panel(name, 'x'.join(map(str, first.shape)), first.flatten().numpy(), heat, note)
 
 
 def _grid(positions: tuple[int, ...], aspect: float) -> tuple[tuple[int, ...], str]:
-    """Rows and columns of positions over an image of `aspect`; or () and why there are none."""
+    """Return rows and columns of positions over an image of `aspect`; or () and the reason why there is no grid."""
     if math.prod(positions) == 1:
-        return (), 'no map:\none gate a channel\nfor the whole image'
-    if len(positions) == 2 and 0.5 <= positions[1] / positions[0] / aspect <= 2:  # strides round
+        return (), 'no map:\none gate per channel\nfor the whole image'
+    if len(positions) == 2 and 0.5 <= positions[1] / positions[0] / aspect <= 2:  # strides round the size
         return positions, ''
     if len(positions) == 1:
         for tokens in (positions[0], positions[0] - 1):
@@ -139,7 +133,7 @@ def _grid(positions: tuple[int, ...], aspect: float) -> tuple[tuple[int, ...], s
 
 
 def _pixels(image: 'Image.Image | np.ndarray') -> np.ndarray:
-    """An image as float (H, W) or (H, W, 3) in 0..1."""
+    """Return an image as float (H, W) or (H, W, 3) from 0 to 1."""
     if isinstance(image, Image.Image):
         image = np.asarray(image.convert('L' if image.mode in ('1', 'L', 'LA') else 'RGB'))
     if not (image.ndim == 2 or (image.ndim == 3 and image.shape[2] in (1, 3))) or not image.size:

@@ -1,4 +1,4 @@
-"""What a network costs: the figures of timm's model cards."""
+"""The cost of a network: parameters, multiply-adds and activations, as in timm's model cards."""
 
 from typing import Any, NamedTuple
 
@@ -14,12 +14,12 @@ __all__ = ['Profile', 'profile']
 
 
 class Profile(NamedTuple):
-    """Figures of one image.
+    """Cost of one image.
 
     Attributes:
         params: Parameters, in millions.
         gmacs: Multiply-adds of convolutions, matrix products and linear layers, in billions.
-        activations: Values that convolutions and linear layers put out, in millions.
+        activations: Output values of convolutions and linear layers, in millions.
         input_size: Channels, height and width of the image.
     """
 
@@ -30,11 +30,11 @@ class Profile(NamedTuple):
 
 
 def profile(model: nn.Module, input_size: tuple[int, int, int] | None = None) -> Profile:
-    """Measure one forward pass of a model.
+    """Count parameters, multiply-adds and activations of a forward pass.
 
     Args:
-        model: On any device; on 'meta' nothing is computed. Its modes stay as they are.
-        input_size: Channels, height and width, None for what the model was created for.
+        model: Any model; on the device 'meta' nothing is computed. It is unchanged afterwards.
+        input_size: Channels, height and width of the image, None for the size that the model was created for.
     """
     size = input_size or _timm.input_size(model)
     outputs: list[int] = []
@@ -44,11 +44,11 @@ def profile(model: nn.Module, input_size: tuple[int, int, int] | None = None) ->
 
     layers = [module for module in model.modules() if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear))]
     hooks = [layer.register_forward_hook(count) for layer in layers]
-    like = next(model.parameters())
+    parameter = next(model.parameters())
     try:
-        # the counter misses attention kernels for CPUs
+        # FlopCounterMode does not count the attention kernels for CPUs
         with evaluation_mode(model), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            model(torch.zeros(1, *size, device=like.device, dtype=like.dtype))
+            model(torch.zeros(1, *size, device=parameter.device, dtype=parameter.dtype))
     finally:
         for hook in hooks:
             hook.remove()

@@ -1,27 +1,27 @@
-"""What the networks of the paper's authors share: they load the authors' `.params` files."""
+"""Loading of the authors' `.params` files, for the networks that the authors published code of."""
 
 __all__ = ['OpenAtacWeights']
 
 
 class OpenAtacWeights:
-    """Mixin of the networks that the paper's authors have published code of.
+    """Mixin for networks that can load the `.params` files of the paper's authors.
 
     Attributes:
-        open_atac_layout: Which table of `timm_atac.weights.names` the network's names are in, 'cifar' or 'imagenet'.
+        open_atac_layout: Table of parameter names in `timm_atac.weights.names`, 'cifar' or 'imagenet'.
     """
 
     open_atac_layout: str
 
     def load_pretrained(self, checkpoint_path: str, prefix: str = '') -> None:
-        """Load a `.params` file of the authors': timm calls it for a pretrained cfg with `custom_load`.
+        """Load a `.params` file of the authors. timm calls this for a `pretrained_cfg` with `custom_load`.
 
         Args:
             checkpoint_path: The file.
-            prefix: Of timm's signature, without a meaning here.
+            prefix: Part of timm's signature; it has no effect.
 
         Raises:
-            ValueError: As `timm_atac.weights.pretrained.load_pretrained`; the model stays as it was.
+            ValueError: As in `timm_atac.weights.pretrained.load_pretrained`; the model is unchanged.
         """
-        from ..weights.pretrained import load_pretrained  # when weights are asked for, not when timm is imported
+        from ..weights.pretrained import load_pretrained  # not needed until weights are loaded
 
         load_pretrained(self, checkpoint_path)

@@ -1,5 +1,6 @@
-"""What the ResNets here share: blocks that differ by stage, the sizes of feature maps, and default configurations."""
+"""Base classes and functions of the ResNets: blocks with options per stage, sizes of feature maps, configurations."""
 
+import math
 from collections.abc import Callable
 from functools import partial
 from numbers import Integral
@@ -15,7 +16,7 @@ __all__ = ['LayeredResNet', 'SpatialBottleneck', 'StageBlock', 'imagenet_cfg', '
 
 
 class StageBlock(partial):
-    """A block with options of its stage bound, as timm's `ResNet` wants it: callable, and with an `expansion`."""
+    """A `partial` of a block class that has the attribute `expansion`, which timm's `ResNet` reads."""
 
     @property
     def expansion(self) -> int:
@@ -23,12 +24,16 @@ class StageBlock(partial):
 
 
 class LayeredResNet(ResNet):
-    """timm's ResNet with layers that initialise themselves, by `reset_parameters`, after timm has initialised all."""
+    """timm's ResNet with layers of other types.
+
+    Attributes:
+        own_layers: Types of these layers. timm's initialisation is followed by their `reset_parameters`.
+    """
 
     own_layers: tuple[type, ...] = ()
 
     def set_img_size(self, img_size: int | tuple[int, int]) -> None:
-        """Note the only size of images that network and layers are for, so that they can say it."""
+        """Set `img_size` of the network and of its own layers; they only work for it, and name it in errors."""
         for module in self.modules():
             if module is self or isinstance(module, self.own_layers):
                 cast(Any, module).img_size = to_2tuple(img_size)
@@ -45,10 +50,13 @@ class SpatialBottleneck(Bottleneck):
     """timm's `Bottleneck` with another layer in place of its 3x3 convolution.
 
     Args:
-        spatial_layer: Called with the convolution's input and output channels, `stride`, `dilation`, device and dtype.
+        *args: Arguments of timm's `Bottleneck`.
+        spatial_layer: Layer that is created with the convolution's input channels, output channels, `stride`,
+            `dilation`, `device` and `dtype`.
+        **kwargs: Arguments of timm's `Bottleneck`.
 
     Raises:
-        ValueError: The convolution has groups.
+        ValueError: The cardinality is not 1.
     """
 
     def __init__(self, *args: Any, spatial_layer: Callable[..., nn.Module], **kwargs: Any) -> None:
@@ -56,7 +64,7 @@ class SpatialBottleneck(Bottleneck):
         conv = self.conv2
         if conv.groups != 1:
             raise ValueError(
-                f'cardinality={conv.groups}: expected 1; what replaces the 3x3 convolutions has no groups.'
+                f'cardinality={conv.groups}: expected 1; the layers in place of the 3x3 convolutions have no groups.'
             )
         self.conv2 = spatial_layer(  # type: ignore[assignment]
             conv.in_channels,
@@ -69,34 +77,26 @@ class SpatialBottleneck(Bottleneck):
 
 
 def stage_sizes(img_size: int | tuple[int, int], num_stages: int, output_stride: int = 32) -> list[tuple[int, int]]:
-    """Height and width of the feature maps that the stages of timm's `ResNet` put out.
+    """Return height and width of the output of each stage of timm's `ResNet`.
 
     Args:
         img_size: Height and width of the images, or one number for both.
-        num_stages: Number of stages, the first of stride 4.
-        output_stride: As in timm's `ResNet`: stages of a larger stride keep the size of the one before.
+        num_stages: Number of stages. The first one has stride 4.
+        output_stride: As in timm's `ResNet`: the largest stride.
 
     Raises:
-        ValueError: `img_size` is not a size of at least 1.
+        ValueError: `img_size` is not one or two integers of at least 1.
     """
     size = to_2tuple(img_size)
     if len(size) != 2 or not all(isinstance(side, Integral) and int(side) >= 1 for side in size):
         raise ValueError(f'img_size={img_size!r}: expected height and width of the images, or one number for both.')
-    height, width = (_halved(_halved(int(side))) for side in size)
-    sizes = [(height, width)]
-    for stage in range(1, num_stages):
-        if 4 * 2**stage <= output_stride:
-            height, width = _halved(height), _halved(width)
-        sizes.append((height, width))
-    return sizes
-
-
-def _halved(side: int) -> int:
-    return (side + 1) // 2
+    height, width = map(int, size)
+    strides = [min(4 * 2**stage, output_stride) for stage in range(num_stages)]
+    return [(math.ceil(height / stride), math.ceil(width / stride)) for stride in strides]
 
 
 def imagenet_cfg(url: str = '', **kwargs: Any) -> dict[str, Any]:
-    """A configuration for `generate_default_cfgs`: ImageNet at 224 px as the paper's networks see it."""
+    """Return a configuration for `generate_default_cfgs`: ImageNet at 224 px, prepared as in the paper."""
     return {
         'url': url,
         'num_classes': 1000,

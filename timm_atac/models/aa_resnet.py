@@ -22,32 +22,32 @@ __all__ = ['AAResNet', 'AugmentedConv2d']
 
 
 class AugmentedConv2d(nn.Module):
-    """3x3 convolution with multi-head self-attention for a part of its output, (B, C, H, W) -> (B, D, H', W').
+    """A 3x3 convolution and multi-head self-attention, concatenated: (B, C, H, W) -> (B, D, H', W').
 
-    The last `v_ratio` of the D channels are those of the attention: `Wo concat(softmax((q k + r(q)) / sqrt(d)) v)` for
-    each head, where r(q) has the logits of the relative height and width. Queries, keys and values come from `x`
-    after an average pool for the stride, and for another halving if `pooled`; the result is then interpolated back.
-    Multi-head attention and relative logits are timm's `BottleneckAttn`.
+    The attention computes the last `v_ratio` of the D channels: `Wo concat(softmax((q k + r(q)) / sqrt(d)) v)` over the
+    heads, where r(q) are logits of the relative height and width. An average pool before queries, keys and values has
+    the stride of the convolution. If `pooled`, another one halves the map, and the result is interpolated to the size
+    of the output. Multi-head attention and relative logits are timm's `BottleneckAttn`.
 
     Args:
         in_channels: C.
         out_channels: D.
         feat_size: Height and width of the output.
-        stride: 1 or 2, of convolution and attention.
-        dilation: Of the convolution.
-        num_heads: Heads.
+        stride: Stride of convolution and attention, 1 or 2.
+        dilation: Dilation of the convolution.
+        num_heads: Number of heads.
         qk_ratio: Key channels of all heads over D, the paper's kappa.
-        v_ratio: Value channels of all heads over D, the paper's upsilon; rounded to a multiple of the heads.
-        min_dim_head: Key channels that a head has at least.
-        pooled: Attend on a map of half the height and width.
+        v_ratio: Value channels of all heads over D, the paper's upsilon; rounded to a multiple of `num_heads`.
+        min_dim_head: Minimum number of key channels of a head.
+        pooled: Compute the attention on a map of half the height and width.
 
     Raises:
-        ValueError: `stride` is neither 1 nor 2; an input whose output would be of another size than `feat_size`.
+        ValueError: `stride` is neither 1 nor 2. In the forward pass, the output would not have the size `feat_size`.
 
     Source:
-        The paper's attention augmented convolution: heads are mixed by a 1x1 convolution; maps are shrunk by 3x3
-        average pools of stride 2 and grown by bilinear interpolation. What it does beside a convolution of stride 2 is
-        ours: attention on the map that such a pool makes of the input.
+        The paper's attention augmented convolution: a 1x1 convolution mixes the heads, 3x3 average pools of stride 2
+        shrink the maps, and bilinear interpolation enlarges them. Ours: beside a convolution of stride 2, such an
+        average pool shrinks the input of the attention.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class AugmentedConv2d(nn.Module):
         self.proj = nn.Conv2d(v_channels, v_channels, 1, bias=False, **dd)
 
     def reset_parameters(self) -> None:
-        """Initialise the attention as timm does; the convolutions are as any other's."""
+        """Initialise the attention as timm does. The network initialises the convolutions."""
         self.attn.reset_parameters()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -105,19 +105,19 @@ class AugmentedConv2d(nn.Module):
 
 
 class AAResNet(LayeredResNet):
-    """timm's ResNet with `AugmentedConv2d` for the 3x3 convolutions of chosen stages, for images of one size.
+    """timm's ResNet with `AugmentedConv2d` for the 3x3 convolutions of chosen stages, for images of a fixed size.
 
     Args:
         layers: Blocks (timm's `Bottleneck`) in each stage.
-        aa_stages: Stages, from 1, whose convolutions are augmented.
-        pooled_stages: Stages whose attention, if they have it, is on maps of half the height and width, for its memory.
+        aa_stages: Stages with `AugmentedConv2d`, counted from 1.
+        pooled_stages: Stages whose attention, if any, works on maps of half the height and width, which saves memory.
         img_size: Height and width of the images, or one number for both.
         output_stride: As in timm's `ResNet`.
         **kwargs: Arguments of timm's `ResNet`.
 
     Raises:
-        ValueError: A stage there is not; `aa_layer`, which is a blur behind the convolutions that are replaced here.
-            From the forward pass: feature maps of another size than those of `img_size`.
+        ValueError: A stage does not exist, or `aa_layer` is given: timm puts that blur after the replaced convolutions.
+            In the forward pass, images have another size than `img_size`.
 
     Source:
         AA-ResNet-50 of Table 4 of "Attention as Activation", from the Attention Augmented paper: the last three stages,
@@ -137,8 +137,8 @@ class AAResNet(LayeredResNet):
     ) -> None:
         if kwargs.get('aa_layer') is not None:
             raise ValueError(
-                f'aa_layer={kwargs["aa_layer"]!r}: expected None. It blurs behind a convolution of stride 1 where '
-                f'AAResNet has attention of stride 2.'
+                f'aa_layer={kwargs["aa_layer"]!r}: expected None. It is a blur after a convolution of stride 1, '
+                f'in whose place AAResNet has attention of stride 2.'
             )
         aa_stages = check_stages(aa_stages, len(layers), 'aa_stages')
         pooled_stages = check_stages(pooled_stages, len(layers), 'pooled_stages')
@@ -169,4 +169,4 @@ default_cfgs = generate_default_cfgs(
 
 def aa_resnet50(pretrained: bool = False, **kwargs) -> AAResNet:
     """ResNet-50 with self-attention beside the 3x3 convolutions of stages 2 to 4."""
-    return build_model_with_cfg(AAResNet, 'aa_resnet50', pretrained, **dict(dict(layers=(3, 4, 6, 3)), **kwargs))
+    return build_model_with_cfg(AAResNet, 'aa_resnet50', pretrained, **{'layers': (3, 4, 6, 3), **kwargs})

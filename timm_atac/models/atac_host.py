@@ -1,4 +1,4 @@
-"""Any model of timm with its activations replaced, under one name: for train.py, config.json and the Hub."""
+"""An entry function for any model of timm with its activations replaced, for train.py, config.json and the Hub."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -12,15 +12,15 @@ from ..replace.activations import replace_activations
 
 __all__ = ['atac_host']
 
-# What timm's builder is for; all else is the host's.
+# Arguments of timm's `build_model_with_cfg`; the host gets all others.
 _BUILDER_ARGS = ('feature_cls', 'features_only', 'out_indices', 'pretrained_model_args', 'pretrained_strict')
-# What says in a pretrained_cfg where its weights are.
+# Keys of a `pretrained_cfg` with the source of its weights.
 _WEIGHTS = ('file', 'hf_hub_filename', 'hf_hub_id', 'state_dict', 'url')
 
 # `_register.py` registers the entry function named by each key.
 default_cfgs = generate_default_cfgs(
     {
-        'atac_host.untrained': {  # the default host's
+        'atac_host.untrained': {  # of the default host
             'num_classes': 1000,
             'input_size': (3, 224, 224),
             'pool_size': (7, 7),
@@ -40,30 +40,31 @@ def atac_host(
     rd_ratio: float | None = None,
     **kwargs,
 ) -> nn.Module:
-    """A model of timm after `replace_activations`; `config.json` of a saved one names this function.
+    """A model of timm after `replace_activations`. The `config.json` of a saved model names this function.
 
     Args:
-        pretrained: Load weights: of the whole where `pretrained_cfg` (a Hub repository, a folder) or its overlay tells
-            where they are, else of the host, before its activations are replaced.
-        host: Name of a model, with a tag or a source (`hf-hub:`, `local-dir:`) if need be, or arguments of
+        pretrained: Load weights. If `pretrained_cfg` (of a Hub repository or a folder) or its overlay has a source of
+            weights, these are the weights of the whole model; else the host's, before its activations are replaced.
+        host: Name of a model, which may have a tag or a source (`hf-hub:`, `local-dir:`), or a dict of arguments of
             `timm.create_model`.
         act: As in `replace_activations`.
         where: As in `replace_activations`.
         rd_ratio: As in `replace_activations`.
         **kwargs: Arguments of the host.
 
-    timm saves the arguments as they are given here, so that a host in a folder has to stay where it is. What a folder
-    on its own needs is in the model: `save_for_hf(model, ..., model_args=model.replaced_activations.model_args)`.
+    timm saves the arguments as they are given here, so a saved model needs the folder of a `local-dir:` host. To save a
+    model without that dependency, use
+    `save_for_hf(model, ..., model_args=model.replaced_activations.model_args)`.
 
     Raises:
-        ValueError: As `replace_activations`; `host` is neither; `features_only` of a host without
-            `forward_intermediates`.
+        ValueError: As in `replace_activations`; `host` is neither a name nor a dict with one; `features_only` for a
+            host without `forward_intermediates`.
     """
     if not (host and isinstance(host, str)) and not (isinstance(host, Mapping) and host.get('model_name')):
         raise ValueError(f"host={host!r}: expected the name of a model, or a dict with it as 'model_name'.")
     builder = {name: kwargs.pop(name) for name in _BUILDER_ARGS if name in kwargs}
     cfg = kwargs.pop('pretrained_cfg', None)
-    cfg = None if isinstance(cfg, str) else cfg  # a tag of ours, of which none has weights
+    cfg = None if isinstance(cfg, str) else cfg  # a tag of `atac_host`; none has weights
     overlay = kwargs.pop('pretrained_cfg_overlay', None) or {}
     own_weights = pretrained and bool(cfg or any(overlay.get(name) for name in _WEIGHTS))
     host_args: dict[str, Any] = {'model_name': host} if isinstance(host, str) else dict(host)
@@ -81,11 +82,8 @@ def atac_host(
             )
         return model
 
-    def adapt(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Any]:
-        return _timm.adapt_state_dict(model, state_dict)
-
     build: Callable[..., Any] = make
-    if cfg is None:  # the host's, which only the host knows
+    if cfg is None:  # the configuration of the host, which is known after it is created
         model = make(**kwargs)
         cfg = dict(model.pretrained_cfg)
 
@@ -98,7 +96,7 @@ def atac_host(
         own_weights,
         pretrained_cfg=cfg,
         pretrained_cfg_overlay=overlay,
-        pretrained_filter_fn=adapt,
+        pretrained_filter_fn=_timm.adapt_state_dict,
         feature_cfg={'feature_cls': 'getter'},
         **builder,
         **kwargs,

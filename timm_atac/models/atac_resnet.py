@@ -1,4 +1,4 @@
-"""ATAC-ResNets for ImageNet: timm's ResNet with attentional activations in the residual branches of chosen stages.
+"""ATAC-ResNets for ImageNet: timm's ResNets with ATAC inside the residual branches of chosen stages.
 
 Paper: `Attention as Activation` - https://arxiv.org/abs/2007.07729 (Dai et al., ICPR 2020)
 """
@@ -23,44 +23,48 @@ __all__ = ['AtacBasicBlock', 'AtacBottleneck', 'AtacResNet']
 
 
 class AtacBasicBlock(BasicBlock):
-    """timm's `BasicBlock` with `unit_layer(channels)` for `act1`; the ReLU after the addition stays."""
+    """timm's `BasicBlock` with the unit `unit_layer(channels)` as `act1`. The activation after the addition stays."""
 
     def __init__(self, *args: Any, unit_layer: Callable[..., nn.Module], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        options = {name: kwargs.get(name) for name in ('norm_layer', 'device', 'dtype')}
-        self.act1 = unit_layer(self.conv1.out_channels, **options)
+        self.act1 = _create_unit(unit_layer, self.conv1, kwargs)
 
 
 class AtacBottleneck(Bottleneck):
-    """timm's `Bottleneck` with `unit_layer(channels)` for `act1` and `act2`; the ReLU after the addition stays."""
+    """timm's `Bottleneck` with units as `act1` and `act2`. The activation after the addition stays."""
 
     def __init__(self, *args: Any, unit_layer: Callable[..., nn.Module], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        options = {name: kwargs.get(name) for name in ('norm_layer', 'device', 'dtype')}
-        self.act1 = unit_layer(self.conv1.out_channels, **options)
-        self.act2 = unit_layer(self.conv2.out_channels, **options)
+        self.act1 = _create_unit(unit_layer, self.conv1, kwargs)
+        self.act2 = _create_unit(unit_layer, self.conv2, kwargs)
+
+
+def _create_unit(unit_layer: Callable[..., nn.Module], conv: nn.Conv2d, block_args: dict[str, Any]) -> nn.Module:
+    """Create a unit for the output of a convolution, with the norm layer, device and dtype of the block."""
+    options = {name: block_args.get(name) for name in ('norm_layer', 'device', 'dtype')}
+    return unit_layer(conv.out_channels, **options)
 
 
 _UNIT_BLOCKS: dict[type, type] = {BasicBlock: AtacBasicBlock, Bottleneck: AtacBottleneck}
 
 
 class AtacResNet(OpenAtacWeights, ResNet):
-    """timm's ResNet whose blocks have ATAC for the activations inside the residual branch, in chosen stages.
+    """timm's ResNet with ATAC in place of the activations inside the residual branches of chosen stages.
 
-    The stem's activation and the one after each addition are ReLUs.
+    The activations of the stem and after each addition are ReLUs.
 
     Args:
         block: timm's `BasicBlock` or `Bottleneck`.
         layers: Blocks in each of the four stages.
-        atac_stages: Stages, of 1 to 4, whose blocks get the unit. The paper's network has it in the last two.
-        act_layer: The unit: 'atac', 'se_act', 'nin', another activation, or a `partial` with options of its own.
-        rd_ratio: Width of the units' bottleneck over their channels, None for the unit's own (0.5).
-        zero_init_last: Initialise the last norm of each block to zero.
-        **kwargs: Arguments of timm's `ResNet`; a `norm_layer` goes into the units as well.
+        atac_stages: Stages whose blocks get the unit, from 1 to 4. In the paper's network these are the last two.
+        act_layer: The unit: 'atac', 'se_act', 'nin', another activation, or a `partial` with options.
+        rd_ratio: Width of the units' bottleneck over their channels, None for the default of the unit (0.5).
+        **kwargs: Arguments of timm's `ResNet`. A `norm_layer` is used inside the units too. `zero_init_last` sets the
+            last norm of each block to zero.
 
     Raises:
-        ValueError: Another block, `atac_stages` names a stage there is not, or `rd_ratio` goes with an `act_layer` that
-            takes none.
+        ValueError: `block` is another one, a stage of `atac_stages` does not exist, or `act_layer` does not take the
+            given `rd_ratio`.
 
     Source:
         ATAC-ResNet-50 of the paper's Table 4; placement and initialisation as in the authors' `ResNet50_v1bATAC`.
@@ -87,12 +91,13 @@ class AtacResNet(OpenAtacWeights, ResNet):
 
     @torch.jit.ignore
     def init_weights(self, zero_init_last: bool = True) -> None:
-        """Initialise as the authors do; `zero_init_last` makes each block start as the identity."""
+        """Initialise as the authors do. With `zero_init_last`, each block starts as the identity."""
         init_weights(self, zero_init_last)
 
 
-def _create_atac_resnet(variant: str, pretrained: bool = False, **kwargs) -> AtacResNet:
-    return build_model_with_cfg(AtacResNet, variant, pretrained, **kwargs)
+def _create_atac_resnet(variant: str, pretrained: bool, kwargs: dict[str, Any], **model_args: Any) -> AtacResNet:
+    """Create a variant with its own arguments, which those of the user (`kwargs`) override."""
+    return build_model_with_cfg(AtacResNet, variant, pretrained, **{**model_args, **kwargs})
 
 
 _cfg = partial(imagenet_cfg, paper_ids='arXiv:2007.07729', paper_name='Attention as Activation')
@@ -121,36 +126,34 @@ default_cfgs = generate_default_cfgs(
 
 
 def atac_resnet18(pretrained: bool = False, **kwargs) -> AtacResNet:
-    """ResNet-18 with ATAC for the first activation of the blocks of stages 3 and 4."""
-    model_args = dict(block=BasicBlock, layers=(2, 2, 2, 2))
-    return _create_atac_resnet('atac_resnet18', pretrained, **dict(model_args, **kwargs))
+    """ResNet-18 with ATAC as the first activation of each block in stages 3 and 4."""
+    return _create_atac_resnet('atac_resnet18', pretrained, kwargs, block=BasicBlock, layers=(2, 2, 2, 2))
 
 
 def atac_resnet34(pretrained: bool = False, **kwargs) -> AtacResNet:
-    """ResNet-34 with ATAC for the first activation of the blocks of stages 3 and 4."""
-    model_args = dict(block=BasicBlock, layers=(3, 4, 6, 3))
-    return _create_atac_resnet('atac_resnet34', pretrained, **dict(model_args, **kwargs))
+    """ResNet-34 with ATAC as the first activation of each block in stages 3 and 4."""
+    return _create_atac_resnet('atac_resnet34', pretrained, kwargs, block=BasicBlock, layers=(3, 4, 6, 3))
 
 
 def atac_resnet50(pretrained: bool = False, **kwargs) -> AtacResNet:
-    """ATAC-ResNet-50 of the paper's Table 4: ATAC for the first two activations of the blocks of stages 3 and 4."""
-    model_args = dict(block=Bottleneck, layers=(3, 4, 6, 3))
-    return _create_atac_resnet('atac_resnet50', pretrained, **dict(model_args, **kwargs))
+    """ATAC-ResNet-50 of the paper's Table 4: ATAC as the first two activations of each block in stages 3 and 4."""
+    return _create_atac_resnet('atac_resnet50', pretrained, kwargs, block=Bottleneck, layers=(3, 4, 6, 3))
 
 
 def atac_resnet50_full(pretrained: bool = False, **kwargs) -> AtacResNet:
-    """The fully attentional ResNet-50: ATAC for the first two activations of every block."""
-    model_args = dict(block=Bottleneck, layers=(3, 4, 6, 3), atac_stages=(1, 2, 3, 4))
-    return _create_atac_resnet('atac_resnet50_full', pretrained, **dict(model_args, **kwargs))
+    """The fully attentional ResNet-50: ATAC as the first two activations of every block."""
+    return _create_atac_resnet(
+        'atac_resnet50_full', pretrained, kwargs, block=Bottleneck, layers=(3, 4, 6, 3), atac_stages=(1, 2, 3, 4)
+    )
 
 
 def atac_resnet101(pretrained: bool = False, **kwargs) -> AtacResNet:
-    """ResNet-101 with ATAC for the first two activations of the blocks of stages 3 and 4."""
-    model_args = dict(block=Bottleneck, layers=(3, 4, 23, 3))
-    return _create_atac_resnet('atac_resnet101', pretrained, **dict(model_args, **kwargs))
+    """ResNet-101 with ATAC as the first two activations of each block in stages 3 and 4."""
+    return _create_atac_resnet('atac_resnet101', pretrained, kwargs, block=Bottleneck, layers=(3, 4, 23, 3))
 
 
 def atac_resnext50_32x4d(pretrained: bool = False, **kwargs) -> AtacResNet:
-    """ResNeXt-50 32x4d with ATAC for the first two activations of the blocks of stages 3 and 4."""
-    model_args = dict(block=Bottleneck, layers=(3, 4, 6, 3), cardinality=32, base_width=4)
-    return _create_atac_resnet('atac_resnext50_32x4d', pretrained, **dict(model_args, **kwargs))
+    """ResNeXt-50 32x4d with ATAC as the first two activations of each block in stages 3 and 4."""
+    return _create_atac_resnet(
+        'atac_resnext50_32x4d', pretrained, kwargs, block=Bottleneck, layers=(3, 4, 6, 3), cardinality=32, base_width=4
+    )

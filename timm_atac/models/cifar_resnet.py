@@ -1,8 +1,8 @@
-"""The paper's CIFAR networks: pre-activation ResNets, three stages of b blocks, with ReLU or an attentional activation.
+"""The paper's CIFAR networks: pre-activation ResNets with three stages of b blocks, and with ReLU, ATAC or other units.
 
 Papers:
 * `Attention as Activation` - https://arxiv.org/abs/2007.07729 (Dai et al., ICPR 2020)
-* `Identity Mappings in Deep Residual Networks` - https://arxiv.org/abs/1603.05027 (the host's order of layers)
+* `Identity Mappings in Deep Residual Networks` - https://arxiv.org/abs/1603.05027 (the order of the layers)
 """
 
 import math
@@ -26,20 +26,21 @@ __all__ = ['CifarResNet', 'PreActBasicBlock']
 
 
 class PreActBasicBlock(nn.Module):
-    """Norm, activation, 3x3 convolution, twice; the shortcut takes the raw input.
+    """Residual block: norm, activation and 3x3 convolution, twice. The shortcut starts before the first norm.
 
     Args:
         in_chs: Channels of the input (B, in_chs, H, W).
         out_chs: Channels of the output (B, out_chs, H / stride, W / stride).
         stride: Stride of the first convolution and of the shortcut.
-        act_layer: Activation, as `timm_atac.units.create.create_activation` takes it.
-        rd_ratio: Width of the activations' bottleneck over their channels, None for their own.
+        act_layer: Activation, as in `timm_atac.units.create.create_activation`.
+        rd_ratio: Width of the activations' bottleneck over their channels, None for their default.
         norm_layer: Normalisation layer.
-        attn_layer: Attention module on the residual branch, None for none.
+        attn_layer: Attention module at the end of the residual branch, None for none.
         drop_path_rate: Stochastic depth rate of the block.
 
     Source:
-        The authors' `ResBlockV2ATAC`: the shortcut is a bare 1x1 convolution where the channels change, else the input.
+        The authors' `ResBlockV2ATAC`. The shortcut is a 1x1 convolution without norm if the channels change, else the
+        identity.
     """
 
     def __init__(
@@ -72,7 +73,7 @@ class PreActBasicBlock(nn.Module):
         )
 
     def zero_init_last(self) -> None:
-        """Zero the last convolution: the block starts as its shortcut."""
+        """Set the last convolution to zero, so that the block starts as its shortcut."""
         nn.init.zeros_(self.conv2.weight)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -91,30 +92,30 @@ class PreActBasicBlock(nn.Module):
 class CifarResNet(OpenAtacWeights, nn.Module):
     """Pre-activation ResNet for 32x32 images: (B, in_chans, 32, 32) -> (B, num_classes).
 
-    A data norm without affine, a 3x3 convolution, three stages of strides 1, 2, 2, norm, activation, average pool and
-    classifier.
+    Its layers are a norm of the images without weights, a 3x3 convolution, three stages of strides 1, 2 and 2, a norm,
+    an activation, an average pool and a classifier.
 
     Args:
-        layers: Blocks in each of the three stages; the paper's networks have b = 1..4 in all of them.
+        layers: Blocks in each of the three stages. The paper's networks have b = 1..4 in all of them.
         num_classes: Number of classes, 0 for no classifier.
         in_chans: Channels of the image.
         global_pool: Global pooling type.
         channels: Channels of the first convolution and of the stages.
-        act_layer: Activation: 'relu', another timm name, 'atac', 'se_act', 'nin', 'xunit', or a `partial` with its own
+        act_layer: Activation: 'relu', another name of timm, 'atac', 'se_act', 'nin', 'xunit', or a `partial` with
             options.
-        atac_stages: Where an `act_layer` other than ReLU goes: stages 1 to 3, and 4 for the last activation.
-        rd_ratio: Width of the activations' bottleneck over their channels, None for their own (0.5).
-        norm_layer: Normalisation layer, inside the activations as well.
+        atac_stages: Stages with `act_layer`: 1 to 3, and 4 for the last activation. The others have ReLU.
+        rd_ratio: Width of the activations' bottleneck over their channels, None for their default (0.5).
+        norm_layer: Normalisation layer of the blocks and inside the activations.
         attn_layer: Attention module at the end of each residual branch: 'local_se' or as in timm.
         drop_rate: Dropout rate before the classifier.
-        drop_path_rate: Stochastic depth rate of the last block, rising linearly from 0.
-        zero_init_last: Zero the last convolution of each block (not in the paper).
+        drop_path_rate: Stochastic depth rate of the last block. It rises linearly from 0.
+        zero_init_last: Set the last convolution of each block to zero (not in the paper).
 
     Raises:
-        ValueError: `atac_stages` names a stage there is not, or `rd_ratio` goes with an `act_layer` that takes none.
+        ValueError: A stage of `atac_stages` does not exist, or `act_layer` does not take the given `rd_ratio`.
 
     Source:
-        The host of the paper's Tables 2 and 3; the authors' `ResNet20V2ATAC`, initialisation included.
+        The network of the paper's Tables 2 and 3: the authors' `ResNet20V2ATAC`, with their initialisation.
     """
 
     open_atac_layout = 'cifar'
@@ -139,7 +140,6 @@ class CifarResNet(OpenAtacWeights, nn.Module):
     ) -> None:
         super().__init__()
         dd: dict[str, Any] = {'device': device, 'dtype': dtype}
-        self.num_classes = num_classes
         self.in_chans = in_chans
         self.drop_rate = drop_rate
         self.grad_checkpointing = False
@@ -158,44 +158,38 @@ class CifarResNet(OpenAtacWeights, nn.Module):
         self.stages = nn.Sequential()
         drop_path_rates: Any = calculate_drop_path_rates(drop_path_rate, list(layers), stagewise=True)
         in_chs = channels[0]
-        reduction = 1
         for i, (depth, out_chs) in enumerate(zip(layers, channels[1:], strict=True)):
-            stride = 1 if i == 0 else 2
-            reduction *= stride
-            stage = nn.Sequential()
-            for j in range(depth):
-                stage.append(
-                    PreActBasicBlock(
-                        in_chs,
-                        out_chs,
-                        stride=stride if j == 0 else 1,
-                        norm_layer=norm,
-                        attn_layer=attn_layer,
-                        drop_path_rate=drop_path_rates[i][j],
-                        **acts[i],
-                        **dd,
-                    )
+            blocks = [
+                PreActBasicBlock(
+                    in_chs if j == 0 else out_chs,
+                    out_chs,
+                    stride=2 if i > 0 and j == 0 else 1,
+                    norm_layer=norm,
+                    attn_layer=attn_layer,
+                    drop_path_rate=drop_path_rates[i][j],
+                    **acts[i],
+                    **dd,
                 )
-                in_chs = out_chs
-            self.stages.append(stage)
-            self.feature_info.append(dict(num_chs=in_chs, reduction=reduction, module=f'stages.{i}'))
+                for j in range(depth)
+            ]
+            self.stages.append(nn.Sequential(*blocks))
+            self.feature_info.append(dict(num_chs=out_chs, reduction=2**i, module=f'stages.{i}'))
+            in_chs = out_chs
 
         self.num_features = in_chs
         self.norm = norm(in_chs, **dd)
         self.act = create_activation(channels=in_chs, norm_layer=norm, **acts[-1], **dd)
-        self.global_pool, self.fc = create_classifier(in_chs, num_classes, pool_type=global_pool, **dd)
-        self.head_hidden_size = in_chs * self.global_pool.feat_mult()
-
+        self.reset_classifier(num_classes, global_pool)
         self.init_weights(zero_init_last)
 
     @torch.jit.ignore
     def init_weights(self, zero_init_last: bool = False) -> None:
-        """Initialise as the authors do; `zero_init_last` makes each block start as its shortcut."""
+        """Initialise as the authors do. With `zero_init_last`, each block starts as its shortcut."""
         init_weights(self, zero_init_last)
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Regular expressions that group the parameters by depth."""
+        """Return regular expressions that group the parameters by depth."""
         return dict(
             stem=r'^data_bn|^conv1',
             blocks=[
@@ -211,7 +205,7 @@ class CifarResNet(OpenAtacWeights, nn.Module):
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
-        """The classifier, an identity where there is none."""
+        """Return the classifier; it is an identity if there is none."""
         return self.fc
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
@@ -224,7 +218,7 @@ class CifarResNet(OpenAtacWeights, nn.Module):
         dd: dict[str, Any] = {'device': self.conv1.weight.device, 'dtype': self.conv1.weight.dtype}
         self.num_classes = num_classes
         if global_pool is None:
-            global_pool = self.global_pool.pool_type
+            global_pool = cast(Any, self).global_pool.pool_type
         self.global_pool, self.fc = create_classifier(self.num_features, num_classes, pool_type=global_pool, **dd)
         self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
         self.global_pool.train(self.training)
@@ -239,18 +233,18 @@ class CifarResNet(OpenAtacWeights, nn.Module):
         output_fmt: str = 'NCHW',
         intermediates_only: bool = False,
     ) -> list[torch.Tensor] | tuple[torch.Tensor, list[torch.Tensor]]:
-        """Forward pass that also returns the stages' outputs.
+        """Run the network and return the outputs of the stages too.
 
         Args:
             x: Images (B, in_chans, H, W).
-            indices: The last n stages if int, all if None, else those of the sequence.
-            norm: Put the last stage's output through the final norm and activation.
-            stop_early: Stop after the last stage asked for.
+            indices: Indices of the stages, an integer n for the last n stages, or None for all.
+            norm: Apply the final norm and activation to the output of the last stage.
+            stop_early: Stop after the last stage of `indices`.
             output_fmt: 'NCHW'.
-            intermediates_only: Return the stages' outputs alone.
+            intermediates_only: Return only the outputs of the stages.
 
         Returns:
-            The final features and the list of stage outputs (B, C, H / reduction, W / reduction), or the list alone.
+            The final features and the list of stage outputs (B, C, H / reduction, W / reduction), or only the list.
         """
         assert output_fmt == 'NCHW', 'Output shape must be NCHW.'
         last = len(self.feature_info) - 1
@@ -259,7 +253,7 @@ class CifarResNet(OpenAtacWeights, nn.Module):
 
         x = self.data_bn(x)
         x = self.conv1(x)
-        if torch.jit.is_scripting() or not stop_early:  # can't slice in TorchScript
+        if torch.jit.is_scripting() or not stop_early:  # TorchScript cannot slice a Sequential
             stages = self.stages
         else:
             stages = self.stages[: max_index + 1]
@@ -282,20 +276,20 @@ class CifarResNet(OpenAtacWeights, nn.Module):
         prune_norm: bool = False,
         prune_head: bool = True,
     ) -> list[int]:
-        """Remove what the given stages do not need.
+        """Remove the layers after the last of the given stages.
 
         Args:
-            indices: The last n stages if int, else those of the sequence.
-            prune_norm: Remove the final norm and activation as well.
-            prune_head: Remove the classifier as well.
+            indices: Indices of the stages, or an integer n for the last n stages.
+            prune_norm: Remove the final norm and activation too.
+            prune_head: Remove the classifier too.
 
         Returns:
-            The stages kept as features.
+            The indices of the stages.
         """
         take_indices, max_index = feature_take_indices(len(self.feature_info), indices)
         prune_end = max_index < len(self.feature_info) - 1
         self.stages = self.stages[: max_index + 1]
-        if prune_norm or prune_end:  # both are sized for the last stage
+        if prune_norm or prune_end:  # their width is the one of the last stage
             self.norm = nn.Identity()
             self.act = nn.Identity()
         if prune_end:
@@ -305,7 +299,7 @@ class CifarResNet(OpenAtacWeights, nn.Module):
         return take_indices
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
-        """Everything before the pooling: (B, in_chans, H, W) -> (B, C, H / 4, W / 4)."""
+        """Run all layers before the pooling: (B, in_chans, H, W) -> (B, C, H / 4, W / 4)."""
         x = self.data_bn(x)
         x = self.conv1(x)
         if self.grad_checkpointing and not torch.jit.is_scripting():
@@ -316,7 +310,7 @@ class CifarResNet(OpenAtacWeights, nn.Module):
         return self.act(x)
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
-        """Pooling and classifier: (B, C, H, W) -> (B, num_classes), or (B, head_hidden_size) with `pre_logits`."""
+        """Pool and classify: (B, C, H, W) -> (B, num_classes), or with `pre_logits` (B, head_hidden_size)."""
         x = self.global_pool(x)
         if self.drop_rate > 0.0:
             x = F.dropout(x, p=float(self.drop_rate), training=self.training)
@@ -328,30 +322,30 @@ class CifarResNet(OpenAtacWeights, nn.Module):
 
 
 def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
-    """Fit the data norm's statistics to the model's input channels, as timm fits the first convolution's weight.
+    """Adapt the statistics of `data_bn` to the model's number of input channels.
 
-    One channel gets the mean over the checkpoint's channels; more than the checkpoint has repeat them in order.
+    timm does so for the weight of the first convolution. One channel gets the mean over the checkpoint's channels; for
+    more channels than in the checkpoint, these are repeated.
     """
     in_chans = cast(int, model.get_submodule('data_bn').num_features)
     out = dict(state_dict)
     for name in ('data_bn.running_mean', 'data_bn.running_var'):
         stat = out.get(name)
-        if stat is None or len(stat) == in_chans:
-            continue
-        out[name] = (
-            stat.mean(0, keepdim=True) if in_chans == 1 else stat.repeat(math.ceil(in_chans / len(stat)))[:in_chans]
-        )
+        if stat is not None and len(stat) != in_chans:
+            repeated = stat.repeat(math.ceil(in_chans / len(stat)))[:in_chans]
+            out[name] = stat.mean(0, keepdim=True) if in_chans == 1 else repeated
     return out
 
 
-def _create_cifar_resnet(variant: str, pretrained: bool = False, **kwargs) -> CifarResNet:
+def _create_cifar_resnet(variant: str, pretrained: bool, kwargs: dict[str, Any], **model_args: Any) -> CifarResNet:
+    """Create a variant with its own arguments, which those of the user (`kwargs`) override."""
     return build_model_with_cfg(
         CifarResNet,
         variant,
         pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,
         feature_cfg=dict(out_indices=(0, 1, 2), flatten_sequential=True),
-        **kwargs,
+        **{**model_args, **kwargs},
     )
 
 
@@ -394,49 +388,45 @@ default_cfgs = generate_default_cfgs(
 
 
 def resnet8_cifar(pretrained: bool = False, **kwargs) -> CifarResNet:
-    """The paper's host network with b = 1: ReLU, or any `act_layer`."""
-    return _create_cifar_resnet('resnet8_cifar', pretrained, **dict(dict(layers=(1, 1, 1)), **kwargs))
+    """The paper's network with b = 1 and ReLU, or another `act_layer`."""
+    return _create_cifar_resnet('resnet8_cifar', pretrained, kwargs, layers=(1, 1, 1))
 
 
 def resnet14_cifar(pretrained: bool = False, **kwargs) -> CifarResNet:
-    """The paper's host network with b = 2: ReLU, or any `act_layer`."""
-    return _create_cifar_resnet('resnet14_cifar', pretrained, **dict(dict(layers=(2, 2, 2)), **kwargs))
+    """The paper's network with b = 2 and ReLU, or another `act_layer`."""
+    return _create_cifar_resnet('resnet14_cifar', pretrained, kwargs, layers=(2, 2, 2))
 
 
 def resnet20_cifar(pretrained: bool = False, **kwargs) -> CifarResNet:
-    """The paper's host network with b = 3: ReLU, or any `act_layer`."""
-    return _create_cifar_resnet('resnet20_cifar', pretrained, **dict(dict(layers=(3, 3, 3)), **kwargs))
+    """The paper's network with b = 3 and ReLU, or another `act_layer`."""
+    return _create_cifar_resnet('resnet20_cifar', pretrained, kwargs, layers=(3, 3, 3))
 
 
 def resnet26_cifar(pretrained: bool = False, **kwargs) -> CifarResNet:
-    """The paper's host network with b = 4: ReLU, or any `act_layer`."""
-    return _create_cifar_resnet('resnet26_cifar', pretrained, **dict(dict(layers=(4, 4, 4)), **kwargs))
+    """The paper's network with b = 4 and ReLU, or another `act_layer`."""
+    return _create_cifar_resnet('resnet26_cifar', pretrained, kwargs, layers=(4, 4, 4))
 
 
 def resnet32_cifar(pretrained: bool = False, **kwargs) -> CifarResNet:
-    """The host network with b = 5, which is in the authors' figure on activation units and in no table of the paper."""
-    return _create_cifar_resnet('resnet32_cifar', pretrained, **dict(dict(layers=(5, 5, 5)), **kwargs))
+    """The network with b = 5. It is in the authors' figure on activation units, but in no table of the paper."""
+    return _create_cifar_resnet('resnet32_cifar', pretrained, kwargs, layers=(5, 5, 5))
 
 
 def atac_resnet8_cifar(pretrained: bool = False, **kwargs) -> CifarResNet:
-    """The paper's network with b = 1 and ATAC for every activation."""
-    model_args = dict(layers=(1, 1, 1), act_layer='atac')
-    return _create_cifar_resnet('atac_resnet8_cifar', pretrained, **dict(model_args, **kwargs))
+    """The paper's network with b = 1 and ATAC as every activation."""
+    return _create_cifar_resnet('atac_resnet8_cifar', pretrained, kwargs, layers=(1, 1, 1), act_layer='atac')
 
 
 def atac_resnet14_cifar(pretrained: bool = False, **kwargs) -> CifarResNet:
-    """The paper's network with b = 2 and ATAC for every activation."""
-    model_args = dict(layers=(2, 2, 2), act_layer='atac')
-    return _create_cifar_resnet('atac_resnet14_cifar', pretrained, **dict(model_args, **kwargs))
+    """The paper's network with b = 2 and ATAC as every activation."""
+    return _create_cifar_resnet('atac_resnet14_cifar', pretrained, kwargs, layers=(2, 2, 2), act_layer='atac')
 
 
 def atac_resnet20_cifar(pretrained: bool = False, **kwargs) -> CifarResNet:
-    """The paper's network with b = 3 and ATAC for every activation."""
-    model_args = dict(layers=(3, 3, 3), act_layer='atac')
-    return _create_cifar_resnet('atac_resnet20_cifar', pretrained, **dict(model_args, **kwargs))
+    """The paper's network with b = 3 and ATAC as every activation."""
+    return _create_cifar_resnet('atac_resnet20_cifar', pretrained, kwargs, layers=(3, 3, 3), act_layer='atac')
 
 
 def atac_resnet26_cifar(pretrained: bool = False, **kwargs) -> CifarResNet:
-    """The paper's network with b = 4 and ATAC for every activation."""
-    model_args = dict(layers=(4, 4, 4), act_layer='atac')
-    return _create_cifar_resnet('atac_resnet26_cifar', pretrained, **dict(model_args, **kwargs))
+    """The paper's network with b = 4 and ATAC as every activation."""
+    return _create_cifar_resnet('atac_resnet26_cifar', pretrained, kwargs, layers=(4, 4, 4), act_layer='atac')

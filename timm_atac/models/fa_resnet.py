@@ -1,4 +1,4 @@
-"""FA-ResNet: local self-attention in place of every 3x3 convolution and of the stem.
+"""FA-ResNet: local self-attention in place of the stem and of every 3x3 convolution.
 
 Paper: `Stand-Alone Self-Attention in Vision Models` - https://arxiv.org/abs/1906.05909
 (Ramachandran, Parmar et al., NeurIPS 2019)
@@ -17,18 +17,21 @@ from ._stages import LayeredResNet, SpatialBottleneck, StageBlock, imagenet_cfg
 
 __all__ = ['AttentionStem', 'FAResNet', 'LocalAttention2d', 'MixedConv2d']
 
-# leaves of torch.fx: they compute with sizes
+# torch.fx does not trace into these functions, since they compute with sizes
 torch.fx.wrap('local_attention')
 torch.fx.wrap('tile_attention')
 
 
 def _init_projection(weight: torch.Tensor, query_channels: int, num_heads: int) -> None:
-    """He initialisation, but queries less by the root of a head's channels: logits are of order one without a scale.
+    """Initialise a projection to queries, keys and values in place.
+
+    This is He initialisation, with queries divided by the root of a head's channels. So logits have values around one,
+    although the softmax has no scale.
 
     Args:
-        weight: Of queries first, changed in place.
-        query_channels: How many these are.
-        num_heads: Heads.
+        weight: Weight of the projection, the queries' first.
+        query_channels: Channels of the queries.
+        num_heads: Number of heads.
     """
     nn.init.kaiming_normal_(weight)
     with torch.no_grad():
@@ -38,25 +41,24 @@ def _init_projection(weight: torch.Tensor, query_channels: int, num_heads: int) 
 class LocalAttention2d(nn.Module):
     """Multi-head self-attention of each position to the window around it, (B, C, H, W) -> (B, D, H / s, W / s).
 
-    `softmax(q (k + r)) v` for each head, r an embedding of the key's relative row and column; then, for stride s = 2,
-    an average pool. Maps of any size; see `local_attention`.
+    Each head computes `softmax(q (k + r)) v`, where r is an embedding of the key's relative row and column. For stride
+    s = 2 an average pool follows. Feature maps may have any size. See `local_attention`.
 
     Args:
         in_channels: C.
-        out_channels: D, of queries, keys and values as well.
+        out_channels: D, also the channels of queries, keys and values.
         stride: 1 or 2.
-        dilation: 1; there is no other.
-        num_heads: Heads.
-        window: Height and width of the window, odd.
+        dilation: 1; the attention has no dilation.
+        num_heads: Number of heads.
+        window: Height and width of the window, an odd number.
 
     Raises:
-        ValueError: `out_channels` is no multiple of `2 * num_heads`, `window` is even, or `stride` or `dilation` is
-            none of those.
+        ValueError: `out_channels` is not a multiple of `2 * num_heads`, `window` is even, or `stride` or `dilation` is
+            not supported.
 
     Source:
-        The paper's local attention. It has no scale in the softmax; queries start so small that logits are of order
-        one. Ours: embeddings are shared by the heads, as in Attention Augmented ResNets, and what lies outside the map
-        is no key.
+        The paper's local attention, which has no scale in the softmax. Ours: the initialisation of the queries;
+        embeddings are shared by the heads, as in Attention Augmented ResNets; positions outside the map are no keys.
     """
 
     def __init__(
@@ -74,15 +76,15 @@ class LocalAttention2d(nn.Module):
         super().__init__()
         if out_channels % (2 * num_heads):
             raise ValueError(
-                f'out_channels={out_channels}, num_heads={num_heads}: expected a multiple of {2 * num_heads}, since '
-                f'half of the channels of each head are for the rows, half for the columns.'
+                f'out_channels={out_channels}, num_heads={num_heads}: expected out_channels a multiple of '
+                f'{2 * num_heads}, since half of the channels of a head have row embeddings, half column embeddings.'
             )
         if window % 2 == 0:
-            raise ValueError(f'window={window}: expected an odd number, with as many positions on both sides.')
+            raise ValueError(f'window={window}: expected an odd number, since a window has its position in the middle.')
         if stride not in (1, 2) or dilation != 1:
             raise ValueError(
-                f'stride={stride}, dilation={dilation}: expected stride 1 or 2 and no dilation. Of a network, only '
-                f'output_stride=32 has none.'
+                f'stride={stride}, dilation={dilation}: expected stride 1 or 2, and dilation 1. A network has '
+                f'dilation 1 with output_stride=32.'
             )
         self.num_heads = num_heads
         self.qkv = nn.Conv2d(in_channels, 3 * out_channels, 1, bias=False, **dd)
@@ -93,7 +95,7 @@ class LocalAttention2d(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Logits start of order one, and values as those of a 1x1 convolution."""
+        """Initialise the projection, and draw the embeddings from a standard normal distribution."""
         _init_projection(self.qkv.weight, self.qkv.out_channels // 3, self.num_heads)
         nn.init.normal_(self.row_embed)
         nn.init.normal_(self.col_embed)
@@ -104,9 +106,10 @@ class LocalAttention2d(nn.Module):
 
 
 class MixedConv2d(nn.Conv2d):
-    """1x1 convolution whose weight depends on the place in a tile, (B, C, H, W) -> (B, D, H, W).
+    """1x1 convolution whose weight depends on the row and column in a tile, (B, C, H, W) -> (B, D, H, W).
 
-    The weight of a place is a mixture of `mixtures` ones: `sum_m softmax_m((row + column) m) W_m`.
+    The weight of a row and column is a mixture of `mixtures` weights: `sum_m softmax_m((row + column) m) W_m`, with an
+    embedding of the row, of the column and of each mixture.
 
     Args:
         in_channels: C.
@@ -131,7 +134,7 @@ class MixedConv2d(nn.Conv2d):
         self.reset_embeddings()
 
     def reset_embeddings(self) -> None:
-        """Shares start uneven, their logits being of order one."""
+        """Draw the embeddings so that the logits of the mixtures have values around one."""
         for embedding in (self.row_embed, self.col_embed, self.mix_embed):
             nn.init.normal_(embedding, std=len(self.mix_embed) ** -0.25)
 
@@ -141,28 +144,30 @@ class MixedConv2d(nn.Conv2d):
         share = ((self.row_embed + self.col_embed) @ self.mix_embed).softmax(dim=-1)  # (tile, tile, mixtures)
         weight = self.weight.view(share.shape[-1], -1, channels)
         weight = torch.einsum('pqm,mdc->pqdc', share.to(weight.dtype), weight)
-        x = nn.functional.pad(x, (0, -width % tile, 0, -height % tile))  # of few channels
+        x = nn.functional.pad(x, (0, -width % tile, 0, -height % tile))  # cheap: images have few channels
         x = x.reshape(batch, channels, x.shape[2] // tile, tile, x.shape[3] // tile, tile)
         y = torch.einsum('bchpwq,pqdc->bdhpwq', x, weight)
         return y.flatten(4).flatten(2, 3)[:, :, :height, :width]
 
 
 class AttentionStem(nn.Module):
-    """Multi-head self-attention within each tile of the image, (B, C, H, W) -> (B, D, H, W); no embedding of distance.
+    """Multi-head self-attention within each tile of the image, (B, C, H, W) -> (B, D, H, W).
 
-    `softmax(q k) v` for each head; where a key is in its tile is in the values, by `MixedConv2d`. Images of any size.
-    It has no second derivatives unless timm's fused attention is off, `TIMM_FUSED_ATTN=0`.
+    Each head computes `softmax(q k) v`. Distances have no embedding; instead `MixedConv2d` makes the values depend on
+    their row and column in the tile. Images may have any size. It has second derivatives only if timm's fused attention
+    is off (`TIMM_FUSED_ATTN=0`).
 
     Args:
-        in_channels: C, of the images.
+        in_channels: C, the channels of the images.
         out_channels: D.
-        num_heads: Heads.
+        num_heads: Number of heads.
         tile: Height and width of a tile.
-        mixtures: Weights of the values that are mixed.
+        mixtures: Number of weights that `MixedConv2d` mixes.
 
     Source:
-        The paper's attention stem, in tiles of 4 x 4, before a norm and a max pool of 4 x 4. The numbers of heads (8,
-        as elsewhere in the network), of mixtures and of the embeddings' channels (of a head) are ours.
+        The paper's attention stem, in tiles of 4 x 4, before a norm and a max pool of 4 x 4. Ours: the number of heads
+        (8, as in the rest of the network), the number of mixtures, and the channels of the embeddings (those of a
+        head).
     """
 
     def __init__(
@@ -185,7 +190,7 @@ class AttentionStem(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Logits start of order one, and values as those of a 1x1 convolution."""
+        """Initialise the projections and the embeddings."""
         _init_projection(self.qk.weight, self.qk.out_channels // 2, self.num_heads)
         nn.init.kaiming_normal_(self.value.weight)
         self.value.reset_embeddings()
@@ -201,16 +206,16 @@ class FAResNet(LayeredResNet):
     Args:
         layers: Blocks (timm's `Bottleneck`) in each stage.
         in_chans: Channels of the images.
-        attention_stem: `AttentionStem` and a 4x4 max pool, which replaces timm's stem.
+        attention_stem: Use `AttentionStem` and a 4x4 max pool in place of timm's stem.
         **kwargs: Arguments of timm's `ResNet`.
 
     Raises:
-        ValueError: `output_stride` below 32, for which there would have to be a dilated attention, or options of
-            timm's stem together with the attention stem.
+        ValueError: `output_stride` is less than 32, which needs dilation, or options of timm's stem are given together
+            with the attention stem.
 
     Source:
         FA-ResNet-50 of Table 4 of "Attention as Activation", from the Stand-Alone paper: windows of 7 x 7, 8 heads, a
-        2x2 average pool behind an attention of stride 2.
+        2x2 average pool after an attention of stride 2.
     """
 
     own_layers = (AttentionStem, LocalAttention2d)
@@ -218,7 +223,9 @@ class FAResNet(LayeredResNet):
     def __init__(self, layers: Sequence[int], in_chans: int = 3, attention_stem: bool = True, **kwargs: Any) -> None:
         stem = {name: kwargs[name] for name in ('aa_layer', 'stem_type', 'replace_stem_pool') if kwargs.get(name)}
         if attention_stem and stem:
-            raise ValueError(f'{stem} together with attention_stem=True: drop one of the two.')
+            raise ValueError(
+                f"{stem} together with attention_stem=True: expected one of the two, since it replaces timm's stem."
+            )
         block = StageBlock(SpatialBottleneck, spatial_layer=LocalAttention2d)
         super().__init__(cast(Any, block), tuple(layers), in_chans=in_chans, **kwargs)
         if attention_stem:
@@ -242,5 +249,5 @@ default_cfgs = generate_default_cfgs(
 
 
 def fa_resnet50(pretrained: bool = False, **kwargs) -> FAResNet:
-    """ResNet-50 with local self-attention for stem and 3x3 convolutions."""
-    return build_model_with_cfg(FAResNet, 'fa_resnet50', pretrained, **dict(dict(layers=(3, 4, 6, 3)), **kwargs))
+    """ResNet-50 with self-attention in place of the stem and the 3x3 convolutions."""
+    return build_model_with_cfg(FAResNet, 'fa_resnet50', pretrained, **{'layers': (3, 4, 6, 3), **kwargs})

@@ -1,4 +1,4 @@
-"""GE-ResNet: Gather-Excite with a learned global gather, after the residual branch of each block.
+"""GE-ResNet: Gather-Excite with a learned global gather, at the end of the residual branch of each block.
 
 Paper: `Gather-Excite: Exploiting Feature Context in Convolutional Neural Networks` - https://arxiv.org/abs/1810.12348
 (Hu et al., NeurIPS 2018)
@@ -20,18 +20,19 @@ __all__ = ['GEResNet']
 
 
 class GEResNet(LayeredResNet):
-    """timm's ResNet with `GatherExcite` at the end of every residual branch, for images of one size.
+    """timm's ResNet with `GatherExcite` at the end of every residual branch, for images of a fixed size.
 
     Args:
         block: timm's `BasicBlock` or `Bottleneck`.
         layers: Blocks in each stage.
         img_size: Height and width of the images, or one number for both.
-        rd_ratio: Width of the layers' bottleneck over their channels.
+        rd_ratio: Width of the bottleneck in `GatherExcite` over its channels.
         output_stride: As in timm's `ResNet`.
-        **kwargs: Arguments of timm's `ResNet`; a `norm_layer` goes into the layers as well.
+        norm_layer: Normalisation layer of the network and of `GatherExcite`.
+        **kwargs: Other arguments of timm's `ResNet`.
 
     Raises:
-        ValueError: From the forward pass: feature maps of another size than those of `img_size`.
+        ValueError: In the forward pass, images have another size than `img_size`.
 
     Source:
         GE-theta+ ResNet-50 of Table 4 of "Attention as Activation", from the Gather-Excite paper.
@@ -69,6 +70,6 @@ default_cfgs = generate_default_cfgs(
 
 
 def ge_plus_resnet50(pretrained: bool = False, **kwargs) -> GEResNet:
-    """ResNet-50 with GE-theta+ at the end of every residual branch."""
-    model_args = dict(block=Bottleneck, layers=(3, 4, 6, 3))
-    return build_model_with_cfg(GEResNet, 'ge_plus_resnet50', pretrained, **dict(model_args, **kwargs))
+    """ResNet-50 with Gather-Excite (GE-theta+) at the end of every residual branch."""
+    model_args = {'block': Bottleneck, 'layers': (3, 4, 6, 3), **kwargs}
+    return build_model_with_cfg(GEResNet, 'ge_plus_resnet50', pretrained, **model_args)

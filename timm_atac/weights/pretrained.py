@@ -42,7 +42,7 @@ def load_pretrained(model: Any, path: str | os.PathLike[str]) -> None:
         pretrained_cfg={**cfg, **nowhere, 'state_dict': state_dict, 'custom_load': False},
         num_classes=model.num_classes,
         in_chans=model.conv1.in_channels,
-        filter_fn=lambda state_dict, model: _timm.adapt_state_dict(model, state_dict),
+        filter_fn=_timm.adapt_state_dict,
     )
 
 
