@@ -24,6 +24,9 @@ print(time.perf_counter() - start)
 """
 
 
+MODULES = ('torch', 'timm')
+
+
 def seconds(module: str, hidden: tuple[str, ...] = ()) -> float:
     """Return the seconds of one import in a new process."""
     code = CODE.format(module=module, hidden=hidden)
@@ -35,7 +38,7 @@ def main() -> None:
     parser.add_argument('--runs', type=int, default=15, help='imports of each kind (default: 15)')
     runs = parser.parse_args().runs
     print('| import | without (s) | with (s) | ratio |\n| --- | --- | --- | --- |')
-    for module in ('torch', 'timm'):
+    for module in MODULES:
         seconds(module)  # fills the file cache
         pairs = [(seconds(module, hidden=('timm_atac',)), seconds(module)) for _ in range(runs)]
         without, with_us = (statistics.median(column) for column in zip(*pairs, strict=True))

@@ -196,9 +196,7 @@ def input_layouts(model: nn.Module, x: torch.Tensor) -> set[str]:
         unit = call.activation
         if isinstance(unit, ChannelModule):
             if call.width is None:
-                raise Failure(
-                    f'{type(invocation.module).__name__} calls a unit with {call.shape}: unclear which are channels'
-                )
+                raise Failure(f'{type(invocation.module).__name__} calls a unit with {call.shape}, of unknown layout')
             channels, input_fmt = call.width
             last = [fmt in ('NHWC', 'NLC') for fmt in (input_fmt, unit.input_fmt)]
             if channels != unit.channels or (last[0] != last[1] and len(call.shape) > 2):
