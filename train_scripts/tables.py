@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Print the paper's tables from the CSV files of `ablation.py`, beside the figures that the authors report.
+"""Print the paper's tables from the CSV files of `ablation.py`, with the figures that the authors report.
 
 The tables are in Markdown. --output also writes them and the plots to a folder.
 

@@ -1,5 +1,6 @@
 """docs/coverage.md agrees with tools/host_coverage.py and with timm's models."""
 
+import math
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -13,6 +14,7 @@ from packaging.version import Version
 
 FEW = 2  # in modules with at most so many models, the smallest is determined in every run
 SMALL = 2.0  # models with at most so many million parameters are tested in every run, all others with --all-hosts
+QUICK = {'By `act_layer`': SMALL, 'By `replace_activations`': 1.0}  # the same, with -m 'not slow'
 WAYS = {'By `act_layer`': host_coverage.by_act_layer, 'By `replace_activations`': host_coverage.by_replacing}
 PAGE = host_coverage.PAGE.read_text()
 TIMM = PAGE.splitlines()[0].split()[-1]
@@ -35,14 +37,19 @@ def table() -> dict[tuple[str, str], str]:
     return rows
 
 
-def is_small(row: str) -> bool:
-    millions = re.match(r'([\d.]+) M \+', row.split(' | ')[5])
-    return millions is not None and float(millions[1]) <= SMALL
+def millions(row: str) -> float:
+    """Return the host's parameters in millions; infinity if the row does not have them."""
+    found = re.match(r'([\d.]+) M \+', row.split(' | ')[5])
+    return float(found[1]) if found else math.inf
 
 
 def cases() -> Iterator:
     for (title, module), row in table().items():
-        marks = [] if is_small(row) else [pytest.mark.slow, pytest.mark.all_hosts]
+        marks = []
+        if millions(row) > QUICK[title]:
+            marks.append(pytest.mark.slow)
+        if millions(row) > SMALL:
+            marks.append(pytest.mark.all_hosts)
         yield pytest.param(title, module, marks=marks, id=f'{WAYS[title].__name__}-{module}')
 
 
@@ -81,7 +88,7 @@ def test_every_module_has_rows() -> None:
     for title in WAYS:
         missing = [module for module in host_coverage.host_modules() if (title, module) not in rows]
         assert not missing, 'run python tools/host_coverage.py'
-    assert sum(is_small(row) for row in rows.values()) >= 20
+    assert sum(millions(row) <= SMALL for row in rows.values()) >= 20
 
 
 @pytest.mark.slow

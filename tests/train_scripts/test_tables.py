@@ -45,7 +45,7 @@ def test_reported_and_the_difference() -> None:
     rows = [make_row(seed, accuracy, dataset='cifar100_coarse') for seed, accuracy in enumerate([76.0, 77.0])]
     rows += [make_row(0, 70.0, dataset='cifar100_coarse', activation='nin', blocks=2)]
     text = tables.accuracy_table(tables.group_rows(rows)[0], REPORTED)
-    assert 'in brackets what the authors report and how far that is from it' in text
+    assert "in brackets the authors' accuracy and how far that mean is from it" in text
     _, _, nin, atac = cells(text)
     assert nin[1:3] == ['', '70.00']
     assert atac[1:3] == ['76.50 ± 0.71, best 76.50 (76.40, +0.10)', '(79.60)']

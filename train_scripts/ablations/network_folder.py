@@ -34,7 +34,7 @@ def write_folder(model: nn.Module, folder: Path, row: Row, data: ImageData) -> N
         f'The CIFAR network of "Attention as Activation" with b = {run.blocks} and '
         f'{activation(run.activation).label}, trained on {name}.'
     )
-    facts: dict[str, object] = {
+    card: dict[str, object] = {
         'license': 'apache-2.0',
         'datasets': [{'name': f'{name}{f" ({address})" if address else ""}, {run.size} x {run.size}'}],
         'hyperparameters': _hyperparameters(row),
@@ -43,20 +43,20 @@ def write_folder(model: nn.Module, folder: Path, row: Row, data: ImageData) -> N
     if address:
         source = {'name': f'train_scripts/ablation.py of timm_atac, seed {run.seed}', 'url': address}
         metrics = {'top-1 accuracy': accuracy}
-        facts['results'] = [{'dataset': name, 'id': run.dataset, 'split': split, 'metrics': metrics, 'source': source}]
+        card['results'] = [{'dataset': name, 'id': run.dataset, 'split': split, 'metrics': metrics, 'source': source}]
     else:  # an image folder has no URL for the card's results
         description += f' Top-1 accuracy: {accuracy} %, {split}.'
-    facts['description'] = description
+    card['description'] = description
     image = transforms.functional.to_pil_image(data.test[0][0].cpu())
     has_more_outputs = bool(known and known.outputs)  # label names need one output per class
     config = {} if has_more_outputs else {'label_names': list(data.classes)}
-    export(model, folder, facts, image, model_args(run), config)
+    export(model, folder, card, image, model_args(run), config)
 
 
 def _hyperparameters(row: Row) -> dict[str, object]:
     run, setup = row.run, row.setup
     computed_on = [setup.device, setup.memory_format, setup.mode, f'torch {setup.torch}', f'timm {setup.timm}']
-    facts = {
+    hyperparameters = {
         'optimizer': 'SGD with Nesterov momentum 0.9',
         'learning rate': f'{run.lr:g}, {SCHEDULES[run.sched] if run.epochs > 1 else run.sched}',
         'weight decay': f'{run.weight_decay:g}, on every parameter',
@@ -67,7 +67,7 @@ def _hyperparameters(row: Row) -> dict[str, object]:
         'computed on': ', '.join(filter(None, computed_on)),
     }
     if run.held_out:
-        facts['held out'] = f'{run.held_out} of the training images'
+        hyperparameters['held out'] = f'{run.held_out} of the training images'
     if setup.commit:
-        facts['commit of timm_atac'] = setup.commit
-    return facts
+        hyperparameters['commit of timm_atac'] = setup.commit
+    return hyperparameters

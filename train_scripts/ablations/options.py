@@ -89,12 +89,12 @@ def _add_recipe(group: Any) -> None:
         choices=RECIPES,
         help="the settings to start from (default: 'digits' for the digits, else 'authors')",
     )
-    group.add_argument('--epochs', type=_positive_int, metavar='N')
+    group.add_argument('--epochs', type=_positive_int, metavar='N', help='number of epochs')
     group.add_argument(
         '--batch-size', type=_positive_int, metavar='N', help='images per update, summed over all processes'
     )
     group.add_argument('--lr', type=_number(above_zero=True), help='highest learning rate of the schedule')
-    group.add_argument('--weight-decay', type=_number(), metavar='WD')
+    group.add_argument('--weight-decay', type=_number(), metavar='WD', help='of all parameters')
     group.add_argument(
         '--size', type=_size, metavar='PX', help='width and height that images are scaled to; CIFAR always has 32'
     )
@@ -117,10 +117,12 @@ def _add_machine(group: Any) -> None:
         '--device',
         type=_device,
         default='cuda' if torch.cuda.is_available() else 'cpu',
-        help='default: cuda if available, else cpu',
+        help='device to train on (default: cuda if available, else cpu)',
     )
-    group.add_argument('--amp', action='store_true', help='mixed precision')
-    group.add_argument('--amp-dtype', choices=('float16', 'bfloat16'), default='float16', help='default: float16')
+    group.add_argument('--amp', action='store_true', help='train in mixed precision')
+    group.add_argument(
+        '--amp-dtype', choices=('float16', 'bfloat16'), default='float16', help='dtype of --amp (default: float16)'
+    )
     group.add_argument(
         '--channels-last',
         action=argparse.BooleanOptionalAction,
@@ -139,8 +141,8 @@ def _add_output(group: Any) -> None:
         type=Path,
         default=Path('results/ablation'),
         metavar='DIR',
-        help='folder for rows, tables, plots and checkpoints, which several processes may share; existing runs are '
-        'resumed (default: results/ablation)',
+        help='folder for rows, tables, plots and checkpoints, which several processes may share; finished runs '
+        'are skipped, others resumed (default: results/ablation)',
     )
     group.add_argument(
         '--export',
@@ -149,7 +151,7 @@ def _add_output(group: Any) -> None:
     )
     group.add_argument('--log-tensorboard', action='store_true', help='write curves to DIR/tensorboard')
     group.add_argument('--log-wandb', action='store_true', help='send curves to Weights & Biases')
-    group.add_argument('--wandb-project', metavar='NAME', help='default: timm_atac')
+    group.add_argument('--wandb-project', metavar='NAME', help='project at Weights & Biases (default: timm_atac)')
 
 
 def _check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""Table 4 of the paper, the networks on ImageNet: their costs as registered here, beside the reported ones."""
+"""Table 4 of the paper, the networks on ImageNet: costs of the registered networks, and the reported figures."""
 
 import csv
 import statistics
@@ -38,9 +38,9 @@ def imagenet_table(device: str = 'cpu', batch_size: int = 1, rounds: int = 5) ->
         lines.append([row['network'], f'`{row["model"]}`', *cost, latencies.get(row['model'], '-'), *reported])
     measured = f' Latency: {device_name(torch.device(device))}, batch {batch_size}, {rounds} rounds.' if rounds else ''
     note = (
-        'Table 4, ImageNet at 224 px. Ours are what PyTorch computes: GMACs of convolutions and matrix products, '
-        "activations put out by convolutions and classifier. The reported ones are from the authors' README; its "
-        f'GFlops mix two ways of counting.{measured}'
+        'Table 4, ImageNet at 224 px. Our figures are counted by PyTorch: GMACs of convolutions and matrix products; '
+        "activations are the outputs of convolutions and classifier. The reported figures are from the authors' README, "
+        f'whose GFlops mix two ways of counting.{measured}'
     )
     return f'{note}\n\n{markdown_table(lines)}'
 

@@ -1,4 +1,4 @@
-"""The paper's tables and figures, made from rows of results, beside the figures that the authors report."""
+"""The paper's tables and figures, made from rows of results, with the figures that the authors report."""
 
 import csv
 import itertools
@@ -107,8 +107,8 @@ def _head(title: str, rows: list[Row], reported: dict[Cell, float]) -> str:
     spread = f'mean ± standard deviation over {count} seeds' if seeds[-1] > 1 else 'one seed'
     compared = any(dataset == rows[0].run.dataset for dataset, _, _ in reported)
     brackets = (
-        '; then the mean of the best epochs, and in brackets what the authors report and how far that is from it, '
-        'since their script keeps the epoch that is best on the test set'
+        "; then the mean of the best epochs; in brackets the authors' accuracy and how far that mean is from it, since "
+        'their script keeps the epoch that is best on the test set'
         if compared
         else ''
     )
