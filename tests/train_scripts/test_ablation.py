@@ -9,11 +9,11 @@ write_image_folder = pytest.importorskip('sample_images').write_image_folder
 
 def test_run_and_again(tmp_path, capsys) -> None:
     output = tmp_path / 'out'
-    command = ['--acts', 'relu', 'atac', 'relu', '--blocks', 2, 1, '--epochs', 1, '--size', 8, '--batch-size', 250]
+    command = ['--acts', 'relu', 'silu', 'relu', '--blocks', 2, 1, '--epochs', 1, '--size', 8, '--batch-size', 250]
     command += ['--output', output]
     assert run(*command, '--seeds', 1) == 0
     first = rows(output)
-    assert [found.run[1:3] for found in first] == [('relu', 1), ('atac', 1), ('relu', 2), ('atac', 2)]
+    assert [found.run[1:3] for found in first] == [('relu', 1), ('silu', 1), ('relu', 2), ('silu', 2)]
     assert all(0 <= found.result.accuracy <= 100 and found.result.seconds > 0 for found in first)
     printed = capsys.readouterr().out
     assert '| b = 1' in printed and '| b = 2' in printed

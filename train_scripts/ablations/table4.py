@@ -39,8 +39,8 @@ def imagenet_table(device: str = 'cpu', batch_size: int = 1, rounds: int = 5) ->
     measured = f' Latency: {device_name(torch.device(device))}, batch {batch_size}, {rounds} rounds.' if rounds else ''
     note = (
         'Table 4, ImageNet at 224 px. Our figures are counted by PyTorch: GMACs of convolutions and matrix products; '
-        "activations are the outputs of convolutions and classifier. The reported figures are from the authors' README, "
-        f'whose GFlops mix two ways of counting.{measured}'
+        "activations are the outputs of convolutions and classifier. The reported figures are from the authors' "
+        f'README, whose GFlops mix two ways of counting.{measured}'
     )
     return f'{note}\n\n{markdown_table(lines)}'
 
