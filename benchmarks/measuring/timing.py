@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 os.environ.setdefault('KINETO_LOG_LEVEL', '99')  # no messages of PyTorch's profiler about missing GPUs
-os.environ.setdefault('TORCHINDUCTOR_FORCE_DISABLE_CACHES', '1')  # compile the code of now, not of an earlier run
+os.environ.setdefault('TORCHINDUCTOR_FORCE_DISABLE_CACHES', '1')  # do not reuse code that an earlier run compiled
 
 import torch
 import torch.nn as nn

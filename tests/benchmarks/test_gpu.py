@@ -129,6 +129,12 @@ def test_incomplete_last_row(tmp_path) -> None:
     assert read_rows(path) == [{'stage': 'a', 'value': 1}]
 
 
+def test_test_files_of_the_stage_correct_exist() -> None:
+    tests = BENCHMARKS.parent / 'tests'
+    for name in {*gpu.TESTS, *gpu.SMALL_TESTS}:
+        assert len([*tests.rglob(name)]) == 1, name
+
+
 def make_stage(tmp_path: Path) -> Stage:
     return Stage('units', 'cpu', True, time.monotonic() + 60, tmp_path / 'rows', None, [])
 

@@ -106,7 +106,7 @@ def test_rows_of_several_setups_are_named() -> None:
     assert 'setup' not in tables.accuracy_table(tables.group_rows([first, second])[0], {})
     second = second._replace(setup=second.setup._replace(commit='abc', mode='eager'))
     text = tables.accuracy_table(tables.group_rows([first, second])[0], {})
-    assert 'The rows are not all of one setup: mode (unknown, eager); commit (unknown, abc).' in text
+    assert 'The setups of the rows differ: mode (unknown, eager); commit (unknown, abc).' in text
 
 
 def test_held_out_images_are_no_test_set() -> None:

@@ -95,7 +95,7 @@ def _setup_differences(rows: list[Row]) -> str:
     different = [
         f'{name} ({", ".join(v or "unknown" for v in found)})' for name, found in values.items() if len(found) > 1
     ]
-    return f'The rows are not all of one setup: {"; ".join(different)}.' if different else ''
+    return f'The setups of the rows differ: {"; ".join(different)}.' if different else ''
 
 
 def _head(title: str, rows: list[Row], reported: dict[Cell, float]) -> str:

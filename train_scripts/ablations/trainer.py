@@ -1,4 +1,4 @@
-"""Trains the network of one run. It writes a checkpoint after each epoch, and resumes from it to the same numbers."""
+"""The training of one run: its network, its checkpoints, and how it resumes to the same numbers."""
 
 import json
 import os
