@@ -1,9 +1,9 @@
 #!/usr/bin/env python
-"""Epochs a second of the ablation on CIFAR-sized random images, ReLU and ATAC, beside the usual way to feed them.
+"""Epochs per second of the ablation on random images of CIFAR's size, with two ways to load the images.
 
-`device` is what train_scripts/ablation.py does: the whole data set on the device as uint8, augmented there. `loader` is
-the peer: torchvision's transforms of the same augmentation on PIL images in a DataLoader with workers. Both train the
-same network with the same optimizer, in one process, in turns.
+`device` is what train_scripts/ablation.py does: it keeps the data set on the device as uint8 and augments it there.
+`loader` is the usual way: a DataLoader with workers, and torchvision's transforms of PIL images for the same
+augmentation. Both train the same network with the same optimizer in one process, and take turns.
 
     python benchmarks/ablation_epoch.py --images 2000
     python benchmarks/ablation_epoch.py --images 50000 --device cuda --amp --channels-last --workers 8
@@ -20,16 +20,18 @@ from unittest import mock
 sys.path.insert(0, str(Path(__file__).parent.parent / 'train_scripts'))
 
 import torch
-from ablations import trainer as training
+from ablations import trainer as ablation_trainer
 from ablations.grid import RECIPES, Run, activation
-from ablations.image_data import CIFAR_MEAN, CIFAR_STD, ImageData, Split
+from ablations.image_data import CIFAR_MEAN, CIFAR_STD, Split
 from ablations.provenance import device_name
+from ablations.trainer import Machine, Trainer
+from measuring.random_images import random_images
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 
 class PilImages(Dataset):
-    """What torchvision's CIFAR10 with the authors' transforms gives."""
+    """The images that torchvision's CIFAR10 returns with the authors' transforms."""
 
     def __init__(self, split: Split) -> None:
         self.pixels = split[0].permute(0, 2, 3, 1).contiguous().cpu().numpy()
@@ -55,28 +57,25 @@ def loader_batches(loader: DataLoader, device: torch.device) -> Iterator[Split]:
         yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
 
 
-def random_images(count: int, device: torch.device) -> ImageData:
-    split = (torch.randint(256, (count, 3, 32, 32), dtype=torch.uint8), torch.arange(count) % 10)
-    return ImageData(split, split, [str(i) for i in range(10)], CIFAR_MEAN, CIFAR_STD).to(device)
-
-
-def epoch_seconds(trainer: training.Trainer, network: torch.nn.Module, loader: DataLoader | None) -> float:
-    """One epoch of training, without the test set."""
-    feed = training.batches if loader is None else lambda *_: loader_batches(loader, trainer.machine.device)
-    with mock.patch.object(training, 'batches', feed):
+def epoch_seconds(trainer: Trainer, network: torch.nn.Module, loader: DataLoader | None) -> float:
+    """Return the seconds of one epoch of training, without the test set."""
+    batches = ablation_trainer.batches if loader is None else lambda *_: loader_batches(loader, trainer.machine.device)
+    with mock.patch.object(ablation_trainer, 'batches', batches):
         start = time.perf_counter()
-        trainer.train_epoch(network)  # ends with reading the loss from the device
+        trainer.train_epoch(network)  # it ends when the loss is read from the device
         return time.perf_counter() - start
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--images', type=int, default=2000, help='default: 2000')
-    parser.add_argument('--blocks', type=int, default=3, choices=(1, 2, 3, 4), help='default: 3')
-    parser.add_argument('--rounds', type=int, default=5, help='default: 5, after one that is not counted')
-    parser.add_argument('--workers', type=int, default=2, help='of the loader (default: 2)')
+    parser.add_argument('--images', type=int, default=2000, help='images per epoch (default: 2000)')
+    parser.add_argument('--blocks', type=int, default=3, choices=(1, 2, 3, 4), help='blocks per stage (default: 3)')
+    parser.add_argument(
+        '--rounds', type=int, default=5, help='measured epochs, after one that is not counted (default: 5)'
+    )
+    parser.add_argument('--workers', type=int, default=2, help='workers of the DataLoader (default: 2)')
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
-    parser.add_argument('--amp', action='store_true', help='float16')
+    parser.add_argument('--amp', action='store_true', help='train in float16')
     parser.add_argument('--channels-last', action='store_true')
     parser.add_argument('--compile', action='store_true')
     args = parser.parse_args()
@@ -85,7 +84,7 @@ def main() -> None:
 
     device = torch.device(args.device)
     data = random_images(args.images, device)
-    machine = training.Machine(device, channels_last=args.channels_last, compile=args.compile)
+    machine = Machine(device, channels_last=args.channels_last, compile=args.compile)
     precision = 'float16' if args.amp else 'float32'
     loader = DataLoader(
         PilImages(data.train),
@@ -96,11 +95,11 @@ def main() -> None:
         persistent_workers=args.workers > 0,
         pin_memory=device.type == 'cuda',
     )
-    subjects: dict[tuple[str, str], tuple[training.Trainer, torch.nn.Module, DataLoader | None]] = {}
+    subjects: dict[tuple[str, str], tuple[Trainer, torch.nn.Module, DataLoader | None]] = {}
     for name in ('relu', 'atac'):
         run = Run('cifar10', name, args.blocks, 4, 0, **RECIPES['authors']._asdict(), precision=precision)
-        trainer = training.Trainer(run, data, machine)
-        network = trainer.wrapped()
+        trainer = Trainer(run, data, machine)
+        network = trainer.wrap_model()
         subjects[name, 'device'] = (trainer, network, None)
         subjects[name, 'loader'] = (trainer, network, loader)
     found: dict[tuple[str, str], list[float]] = {key: [] for key in subjects}
@@ -113,7 +112,7 @@ def main() -> None:
         f'{device_name(device)}, {args.workers} workers; medians of {args.rounds} epochs (range)\n'
     )
     base = statistics.median(found['relu', 'device'][1:])
-    print('| activation | images from | epochs/s | seconds an epoch | over ReLU, device |')
+    print('| activation | images from | epochs/s | seconds per epoch | over ReLU, device |')
     print('| --- | --- | --- | --- | --- |')
     for (name, source), seconds in found.items():
         counted = seconds[1:]

@@ -1,8 +1,8 @@
 #!/usr/bin/env python
-"""What a training step of the ablation costs: memory layout, compiler and precision, threads against processes.
+"""Time of a training step of the ablation by memory layout, compiler, precision, threads and processes.
 
-Every form trains the same network on the same random images of CIFAR's size, augmentation and optimizer included, in
-turns in one process. With `--processes N`, N processes measure at the same time, and images a second are of all.
+Each form trains the same network on the same random images of CIFAR's size, with augmentation and optimizer. The forms
+take turns in one process. With `--processes N`, N processes measure at the same time, and images/s is their sum.
 
     python benchmarks/ablation_step.py --threads 1
     python benchmarks/ablation_step.py --threads 1 --processes 2 --forms channels_last
@@ -20,16 +20,16 @@ from typing import Any, NamedTuple
 sys.path.insert(0, str(Path(__file__).parent.parent / 'train_scripts'))
 
 import torch
-from ablation_epoch import random_images
 from ablations.grid import RECIPES, Run, activation
 from ablations.provenance import device_name
 from ablations.trainer import Machine, Trainer
+from measuring.random_images import random_images
 from measuring.timing import Spread, interleaved, ratio
 from torch.profiler import ProfilerActivity, profile
 
 
 class Form(NamedTuple):
-    """A way to compute a step."""
+    """How a step is computed."""
 
     channels_last: bool
     compile: bool
@@ -45,13 +45,13 @@ FORMS = {
     'channels_last, compiled, bfloat16': Form(True, True, 'bfloat16'),
 }
 BASE = 'contiguous'
-Times = dict[str, list[float]]  # seconds a step by activation and form
+Times = dict[str, list[float]]  # seconds per step, by activation and form
 
 
 def epochs(args: argparse.Namespace) -> dict[str, Callable[[], object]]:
-    """An epoch of `args.steps` steps of each activation in each form, compiled where it is to be."""
+    """Return functions that train one epoch of `args.steps` steps, by activation and form."""
     torch.set_num_threads(args.threads)
-    torch._dynamo.config.recompile_limit = 64  # each network compiles the same code anew
+    torch._dynamo.config.recompile_limit = 64  # each network compiles the same code again
     device = torch.device(args.device)
     recipe = RECIPES['authors']
     data = random_images(args.steps * recipe.batch_size, device)
@@ -59,15 +59,15 @@ def epochs(args: argparse.Namespace) -> dict[str, Callable[[], object]]:
     def epoch(name: str, form: Form) -> Callable[[], object]:
         run = Run('cifar10', name, args.blocks, 4, 0, **recipe._asdict(), precision=form.precision)
         trainer = Trainer(run, data, Machine(device, channels_last=form.channels_last, compile=form.compile))
-        network = trainer.wrapped()
-        trainer.train_epoch(network)  # compiles, before the next form resets the compiler's caches
+        network = trainer.wrap_model()
+        trainer.train_epoch(network)  # compiles now, since the next form resets the compiler's caches
         return lambda: trainer.train_epoch(network)
 
     return {f'{name} {form}': epoch(name, FORMS[form]) for name in args.acts for form in args.forms}
 
 
 def measure(args: argparse.Namespace, start: Any = None) -> Times:
-    """Time all forms, from the moment on when all processes are ready."""
+    """Time all forms. With a barrier `start`, begin when all processes are ready."""
     subjects = epochs(args)
     if start is not None:
         start.wait()
@@ -76,7 +76,7 @@ def measure(args: argparse.Namespace, start: Any = None) -> Times:
 
 
 def milliseconds_by_kind(args: argparse.Namespace) -> str:
-    """What the operations of a step take, by kind, in Markdown; the profiler's own time is in it."""
+    """Return the time of a step by kind of operation, in Markdown. It includes the profiler's overhead."""
     lines = [
         '| activation | form | 3x3 convolutions | 1x1 convolutions | all else |',
         '| --- | --- | --- | --- | --- |',
@@ -93,8 +93,8 @@ def milliseconds_by_kind(args: argparse.Namespace) -> str:
         name, _, form = key.partition(' ')
         lines.append(f'| {activation(name).label} | {form} | {" | ".join(f"{found[k]:.0f}" for k in (3, 1, 0))} |')
     x = torch.randn(RECIPES['authors'].batch_size, 16, 32, 32)
-    copied = interleaved({'copy': x.clone}, args.rounds, torch.device('cpu'), at_least=0.05)['copy']
-    return '\n'.join([*lines, '', f'A copy of a map of 16 x 32 x 32, ms: {Spread.of([1e3 * s for s in copied])}'])
+    times = interleaved({'copy': x.clone}, args.rounds, torch.device('cpu'), at_least=0.05)['copy']
+    return '\n'.join([*lines, '', f'A copy of a map of 16 x 32 x 32, ms: {Spread.of([1e3 * s for s in times])}'])
 
 
 def _child(args: argparse.Namespace, start: Any, results: Any) -> None:
@@ -102,7 +102,7 @@ def _child(args: argparse.Namespace, start: Any, results: Any) -> None:
 
 
 def measure_side_by_side(args: argparse.Namespace) -> list[Times]:
-    """`measure` in several processes at the same time."""
+    """Call `measure` in several processes at the same time."""
     context = multiprocessing.get_context('spawn')
     start, results = context.Barrier(args.processes), context.Queue()
     children = [context.Process(target=_child, args=(args, start, results)) for _ in range(args.processes)]
@@ -116,7 +116,7 @@ def measure_side_by_side(args: argparse.Namespace) -> list[Times]:
 
 def report(found: list[Times], args: argparse.Namespace) -> str:
     batch_size = RECIPES['authors'].batch_size
-    lines = ['| activation | form | ms a step | images/s | over the first form | over the first activation |']
+    lines = ['| activation | form | ms per step | images/s | over the first form | over the first activation |']
     lines.append('| --- | --- | --- | --- | --- | --- |')
     for name in args.acts:
         for form in args.forms:
@@ -135,16 +135,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--acts', nargs='+', default=['relu', 'atac'], metavar='NAME', help='default: relu atac')
     parser.add_argument('--forms', nargs='+', choices=FORMS, default=list(FORMS), metavar='FORM', help='default: all')
-    parser.add_argument('--blocks', type=int, default=1, choices=(1, 2, 3, 4, 5), help='default: 1')
-    parser.add_argument('--steps', type=int, default=3, help='of a sample (default: 3)')
-    parser.add_argument('--rounds', type=int, default=9, help='default: 9')
-    parser.add_argument('--threads', type=int, default=torch.get_num_threads(), help='of a process')
+    parser.add_argument('--blocks', type=int, default=1, choices=(1, 2, 3, 4, 5), help='blocks per stage (default: 1)')
+    parser.add_argument('--steps', type=int, default=3, help='steps per sample (default: 3)')
+    parser.add_argument('--rounds', type=int, default=9, help='samples of each form (default: 9)')
+    parser.add_argument('--threads', type=int, default=torch.get_num_threads(), help='threads per process')
     parser.add_argument('--processes', type=int, default=1, help='default: 1')
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
-    parser.add_argument('--kinds', action='store_true', help='instead, the time of the operations by kind; on a CPU')
+    parser.add_argument(
+        '--kinds', action='store_true', help='print the time by kind of operation instead; only on a CPU'
+    )
     args = parser.parse_args()
     if args.kinds and args.device != 'cpu':
-        parser.error(f'argument --kinds: it profiles a CPU, not {args.device!r}')
+        parser.error(f'argument --kinds: it only profiles a CPU, got --device {args.device}')
     torch.set_num_threads(args.threads)
     if args.kinds:
         print(milliseconds_by_kind(args))

@@ -1,10 +1,10 @@
 #!/usr/bin/env python
-"""What ATAC in timm's models costs: parameters and multiply-adds of the models, and the time to build them.
+"""The cost of ATAC in timm's models: parameters, multiply-adds, and the time to build the models.
 
-    python benchmarks/act_layer.py              # the table of sizes
-    python benchmarks/act_layer.py --build      # and that of times, without us, with us, and with act_layer='atac'
+    python benchmarks/act_layer.py              # parameters and multiply-adds
+    python benchmarks/act_layer.py --build      # also the time to build, without us, with us, and with act_layer='atac'
 
-Times are those of fresh interleaved processes; without us is TIMM_ATAC_DISABLE=1.
+Times are measured in new processes that take turns. "without us" is TIMM_ATAC_DISABLE=1.
 """
 
 import argparse
@@ -34,7 +34,7 @@ MODELS = [
 
 
 def size(model: Any) -> tuple[float, float]:
-    """Parameters in M, and multiply-adds in G of convolutions, matrix products and linear layers on one image."""
+    """Return parameters in M, and multiply-adds in G of convolutions and matrix products for one image."""
     channels, *size = model.pretrained_cfg['input_size']
     with FlopCounterMode(display=False) as counter:
         model.eval()(torch.empty(1, channels, *size, device='meta'))
@@ -42,7 +42,14 @@ def size(model: Any) -> tuple[float, float]:
 
 
 def make(name: str, way: str, **kwargs) -> Any:
-    """A model as it is (way ''), by `act_layer` ('name', 'class'), or with its last two stages replaced ('stages')."""
+    """Create a model with ATAC.
+
+    Args:
+        name: Name of the model.
+        way: 'name' or 'class' for ATAC as `act_layer`; 'stages' to replace the activations of the last two stages; ''
+            for the unchanged model.
+        **kwargs: For `timm.create_model`.
+    """
     import timm
 
     import timm_atac
@@ -54,7 +61,7 @@ def make(name: str, way: str, **kwargs) -> Any:
 
 
 def way_of(name: str) -> str:
-    """By name where the model takes one, else as a class."""
+    """Return 'name' if the model accepts the name of an activation, else 'class'."""
     try:
         make(name, 'name', device='meta')
     except TypeError:
@@ -72,24 +79,27 @@ def sizes(names: list[str]) -> None:
 
 
 def build(names: list[str], ways: dict[str, str]) -> dict[str, dict[str, float]]:
-    """Seconds to build each model as it is and, with `ways`, with ATAC; `hook` is what of that our hook takes."""
+    """Return the seconds to build each model unchanged and, with `ways`, with ATAC.
+
+    `hook` is the part of the latter that our hook and the units take.
+    """
     import timm
 
     torch.set_num_threads(1)
     spent = [0.0]
     if ways:
-        from timm_atac.units import deferred as complete
+        from timm_atac.units import deferred
 
-        on_registration = complete._on_registration
+        on_registration = deferred._on_registration
 
         def timed(*args) -> None:
             start = time.perf_counter()
             on_registration(*args)
             spent[0] += time.perf_counter() - start
 
-        setattr(complete, '_on_registration', timed)  # noqa: B010
+        setattr(deferred, '_on_registration', timed)  # noqa: B010
 
-    timm.create_model(names[0])  # whatever is loaded on first use
+    timm.create_model(names[0])  # loads modules that are imported on first use
     seconds: dict[str, dict[str, float]] = {}
     for name in names:
         start = time.perf_counter()
@@ -131,8 +141,8 @@ def times(names: list[str], rounds: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('models', nargs='*', default=MODELS, help='models of timm (default: ten usual ones)')
-    parser.add_argument('--build', action='store_true', help='measure times as well')
+    parser.add_argument('models', nargs='*', default=MODELS, help='models of timm (default: ten well-known ones)')
+    parser.add_argument('--build', action='store_true', help='also measure the time to build')
     parser.add_argument('--rounds', type=int, default=5, help='processes of each kind (default: 5)')
     parser.add_argument('--child', help=argparse.SUPPRESS)
     args = parser.parse_args()

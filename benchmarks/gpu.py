@@ -1,13 +1,14 @@
 #!/usr/bin/env python
-"""Everything that is to be measured on a GPU, in one command and a few minutes. It needs no network.
+"""Run all measurements on a GPU with one command, in a few minutes and without a network.
 
     PYTHONPATH=. python benchmarks/gpu.py --minutes 9 --out gpu_report
-    PYTHONPATH=. python benchmarks/gpu.py --out gpu_report --images cifar10-jpeg.tar.xz    # with trainings
-    PYTHONPATH=. python benchmarks/gpu.py --device cpu --small --out /tmp/report           # shows that it all runs
+    PYTHONPATH=. python benchmarks/gpu.py --out gpu_report --images cifar10-jpeg.tar.xz    # also trains
+    PYTHONPATH=. python benchmarks/gpu.py --device cpu --small --out /tmp/report           # shows that all stages run
 
-It needs Python with torch, triton, timm and pytest. A stage or a test file that lacks another package is skipped, and
-the report says which. Each stage is a process group of its own within its share of the time; time that a stage leaves
-is for those after it. Every row is in OUT/rows.jsonl as soon as it is there, and OUT/report.md is written anew with it.
+It needs Python with torch, triton, timm and pytest. A stage or a test file is skipped if another package is missing;
+the report names the package. Each stage runs as a separate process group, which is ended after its share of the time.
+Later stages get the time that a stage does not need. Each row is added to OUT/rows.jsonl as soon as it is measured, and
+OUT/report.md is then written again.
 """
 
 import argparse
@@ -26,7 +27,7 @@ from gpu_stages.report import report, summary
 from gpu_stages.stage import SKIPPED, read_rows
 
 ROOT = Path(__file__).parent.parent
-MOST_BYTES = 15_000_000  # of the log
+MOST_BYTES = 15_000_000  # in the log
 TESTS = (
     'test_kernels.py',
     'test_kernels_training.py',
@@ -39,13 +40,13 @@ TESTS = (
 
 
 class Plan(NamedTuple):
-    """A stage.
+    """The time and the processes of a stage.
 
     Attributes:
-        share: Of the time.
-        steps: The arguments of its processes, one after the other.
+        share: Share of the total time.
+        steps: Arguments of each of its processes, which run one after the other.
         at_least: Seconds that it may take even if its share is less.
-        takes_rest: Whether time that the stages before have left is for it.
+        takes_rest: True if it may also use the time that earlier stages did not need.
     """
 
     share: float
@@ -64,11 +65,11 @@ PLANS = {
     'cifar': Plan(0.12),
     'grid': Plan(0.07),
 }
-SMALL_TESTS = ('test_kernels.py', 'test_checkpointed.py')  # the others take longer than all else
+SMALL_TESTS = ('test_kernels.py', 'test_checkpointed.py')  # the other files take too long
 
 
 class Ended(NamedTuple):
-    """How a step ended: 'done', 'skipped', 'failed' or 'out of time'."""
+    """A step that has ended. `how` is 'done', 'skipped', 'failed' or 'out of time'."""
 
     stage: str
     step: str
@@ -77,38 +78,38 @@ class Ended(NamedTuple):
 
 
 def environment(device: str, cache: Path) -> dict[str, str]:
-    """For the stages: our modules without an installation, and all caches in a temporary folder."""
+    """Return the environment of the stages: our modules on PYTHONPATH, and all caches in a temporary folder."""
     paths = [ROOT, ROOT / 'benchmarks', ROOT / 'train_scripts', os.environ.get('PYTHONPATH', '')]
     found = os.environ | {
         'PYTHONPATH': os.pathsep.join(map(str, filter(None, paths))),
         'PYTHONUNBUFFERED': '1',
         'TORCHINDUCTOR_CACHE_DIR': str(cache / 'inductor'),
-        'TORCHINDUCTOR_FORCE_DISABLE_CACHES': '0',  # a network is compiled once, in a folder that is new
+        'TORCHINDUCTOR_FORCE_DISABLE_CACHES': '0',  # the cache above is empty at the start
         'TRITON_CACHE_DIR': str(cache / 'triton'),
         'TMPDIR': str(cache),
     }
     torch = find_spec('torch')
     if torch is not None and torch.origin and (Path(torch.origin).parent / '__pycache__').is_dir():
         found['PYTHONDONTWRITEBYTECODE'] = '1'
-    else:  # nothing is compiled yet, and each process would do it again
+    else:  # Python has no compiled files of torch yet: let the processes share them
         found['PYTHONPYCACHEPREFIX'] = str(cache / 'bytecode')
-    return found | ({'TRITON_INTERPRET': '1'} if device == 'cpu' else {})  # the kernels' code runs, slowly
+    return found | ({'TRITON_INTERPRET': '1'} if device == 'cpu' else {})  # runs the kernels' code without a GPU
 
 
 def run_step(
     command: list[str], seconds: float, env: dict[str, str], log: Path, tick: Callable[[], object]
 ) -> tuple[str, int]:
-    """Run a command in a process group of its own, which is ended when its time is over.
+    """Run a command in a new process group, and end the group when its time is over.
 
     Args:
-        command: What is run.
+        command: The command.
         seconds: Its time.
         env: Its environment.
         log: File that its output is added to.
-        tick: Is called every half second, and at the end.
+        tick: Function that is called every half second, and at the end.
 
     Returns:
-        How it ended, and its exit status.
+        How it ended, as in `Ended`, and its exit status.
     """
     end = time.monotonic() + seconds
     with open(log, 'ab') as output:
@@ -129,11 +130,11 @@ def run_step(
 
 
 def _end_group(child: subprocess.Popen) -> None:
-    """End what is left of a process group: asked first, then without asking."""
+    """End a process group with SIGTERM, and after a second with SIGKILL."""
     for number, patience in ((signal.SIGTERM, 1.0), (signal.SIGKILL, 5.0)):
         try:
             os.killpg(child.pid, number)
-        except (ProcessLookupError, PermissionError):  # macOS has the second of a group that has ended
+        except (ProcessLookupError, PermissionError):  # the group has ended; macOS raises the second
             break
         try:
             child.wait(timeout=patience)
@@ -143,14 +144,14 @@ def _end_group(child: subprocess.Popen) -> None:
 
 
 def command_of(stage: str, step: Sequence[str], seconds: float, args: argparse.Namespace) -> list[str]:
-    """The command of a step."""
+    """Return the command of a step."""
     command = [sys.executable, '-m', f'gpu_stages.{stage}', '--device', args.device, '--seconds', f'{seconds:.1f}']
     command += ['--rows', str(args.out / 'rows.jsonl'), *['--small'] * args.small]
     return [*command, *(['--images', str(args.images)] if args.images else []), *step]
 
 
 def run_all(args: argparse.Namespace, cache: Path) -> list[Ended]:
-    """Run the stages; the report is in place after each row."""
+    """Run the stages, and write the report after each new row."""
     out: Path = args.out
     rows, log = out / 'rows.jsonl', out / 'log.txt'
     env = environment(args.device, cache)
@@ -180,7 +181,7 @@ def run_all(args: argparse.Namespace, cache: Path) -> list[Ended]:
             if left < 1:
                 ended.append(Ended(name, ' '.join(step), 'out of time', 0.0))
                 continue
-            # a step that hangs leaves something for those after it
+            # later steps keep some time if this one hangs
             seconds = left if index + 1 == len(steps) else 0.7 * left
             step_start = time.monotonic()
             print(f'{name} {" ".join(step)}: at most {seconds:.0f} s', flush=True)
@@ -199,7 +200,7 @@ def _replace(path: Path, text: str) -> None:
 
 
 def _shorten(log: Path) -> None:
-    """Cut the middle of a log that is too long."""
+    """Remove the middle of a log with more than `MOST_BYTES`."""
     content = log.read_bytes()
     if len(content) > MOST_BYTES:
         half = MOST_BYTES // 2
@@ -208,25 +209,23 @@ def _shorten(log: Path) -> None:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--minutes', type=float, default=9.0, help='of all stages together (default: 9)')
-    parser.add_argument('--out', type=Path, required=True, metavar='DIR', help='of the report; new, or empty')
+    parser.add_argument('--minutes', type=float, default=9.0, help='time of all stages together (default: 9)')
+    parser.add_argument('--out', type=Path, required=True, metavar='DIR', help='folder for the report; new, or empty')
     parser.add_argument(
         '--stages', nargs='+', choices=PLANS, default=list(PLANS), metavar='STAGE', help=', '.join(PLANS)
     )
     parser.add_argument('--device', choices=('cuda', 'cpu'), default='cuda')
-    parser.add_argument(
-        '--small', action='store_true', help='tiny sizes: shows that all stages run, and measures nothing'
-    )
+    parser.add_argument('--small', action='store_true', help='tiny sizes, which only show that all stages run')
     parser.add_argument('--images', type=Path, metavar='FILE', help='archive of the JPEG copy of CIFAR-10')
     args = parser.parse_args(argv)
     if args.minutes <= 0:
         parser.error(f'argument --minutes: {args.minutes:g} is not above 0')
     if args.device == 'cpu' and not args.small:
-        parser.error('argument --device: cpu goes with --small alone; benchmarks/speed.py measures a CPU')
+        parser.error('argument --device: cpu needs --small; to measure a CPU, use benchmarks/speed.py')
     if args.images and not args.images.is_file():
         parser.error(f'argument --images: {args.images} is not a file')
     if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
-        parser.error(f'argument --out: {args.out} is there already; give a new folder')
+        parser.error(f'argument --out: {args.out} is not empty or not a folder; give a new folder')
     args.stages = [name for name in PLANS if name in args.stages]
     args.out, args.images = args.out.resolve(), args.images and args.images.resolve()
     return args
@@ -235,7 +234,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     args.out.mkdir(parents=True, exist_ok=True)
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the stage that runs, too
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # also ends the running stage
     try:
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as cache:
             ended = run_all(args, Path(cache))

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
-"""What this package adds to `import torch` and `import timm`: without and with it, in fresh interleaved processes.
+"""The time of `import torch` and `import timm`, without and with this package, in new processes that take turns.
 
-Without is the same environment with our entry point hidden from PyTorch's search for them.
+"without" is the same environment, where our entry point is hidden from PyTorch.
 
     python benchmarks/import_time.py --runs 15
 """
@@ -24,8 +24,11 @@ print(time.perf_counter() - start)
 """
 
 
+MODULES = ('torch', 'timm')
+
+
 def seconds(module: str, hidden: tuple[str, ...] = ()) -> float:
-    """Time of one import in a fresh process."""
+    """Return the seconds of one import in a new process."""
     code = CODE.format(module=module, hidden=hidden)
     return float(subprocess.check_output([sys.executable, '-c', code], text=True))
 
@@ -35,8 +38,8 @@ def main() -> None:
     parser.add_argument('--runs', type=int, default=15, help='imports of each kind (default: 15)')
     runs = parser.parse_args().runs
     print('| import | without (s) | with (s) | ratio |\n| --- | --- | --- | --- |')
-    for module in ('torch', 'timm'):
-        seconds(module)  # warms the file cache
+    for module in MODULES:
+        seconds(module)  # fills the file cache
         pairs = [(seconds(module, hidden=('timm_atac',)), seconds(module)) for _ in range(runs)]
         without, with_us = (statistics.median(column) for column in zip(*pairs, strict=True))
         spread = [f'{min(column):.2f}..{max(column):.2f}' for column in zip(*pairs, strict=True)]

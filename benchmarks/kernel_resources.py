@@ -1,12 +1,12 @@
 #!/usr/bin/env python
-"""What the Triton kernels take of a GPU, compiled here for one that need not be there: registers, spills, memory.
+"""Registers, spills and shared memory of the Triton kernels, compiled for GPUs that this machine need not have.
 
     python benchmarks/kernel_resources.py              # compute capabilities 8.0 and 9.0
     python benchmarks/kernel_resources.py --capability 8.6 12.0 --dtype bfloat16 autocast
 
-A spill is bytes of local memory that a thread has for registers that were not enough. Triton compiles a kernel for
-numbers of positions that 16 divides and again for others: a row has the most that one of them takes. Under autocast,
-weights are of bfloat16, and the input may be of float32; float32 is multiplied in TF32, or exactly (ieee).
+Spilled bytes are local memory of a thread that replaces missing registers. Triton compiles a kernel once for numbers of
+positions that are divisible by 16 and once for others; a row has the maximum of both. With autocast, weights are in
+bfloat16, and the input may be in float32. float32 is multiplied in TF32, or exactly (ieee).
 """
 
 import argparse
@@ -26,29 +26,32 @@ from timm_atac.kernels import atac, norm_gate
 
 CHANNELS = (16, 32, 64, 128, 256, 512, 1024, 2048)
 TYPES = {torch.float16: 'fp16', torch.bfloat16: 'bf16', torch.float32: 'fp32'}
-DTYPES = {  # of the weights, and of the input
+DTYPES = {  # dtypes of the weights and of the input
     'bfloat16': (torch.bfloat16, torch.bfloat16),
     'float16': (torch.float16, torch.float16),
     'float32': (torch.float32, torch.float32),
     'ieee': (torch.float32, torch.float32),
     'autocast': (torch.bfloat16, torch.float32),
 }
-# of a processor, by CUDA's guide: KB of shared memory, of which a program may have one less, and warps
+# per multiprocessor, from CUDA's guide: KB of shared memory, of which a program may use one less, and warps
 LIMITS = {80: (164, 64), 86: (100, 48), 87: (164, 48), 89: (100, 48), 90: (228, 64), 100: (228, 64), 120: (100, 48)}
 _CUOBJDUMP = Path(triton.__file__).parent / 'backends/nvidia/bin/cuobjdump'
 
 
 class Resources(NamedTuple):
-    registers: int  # of a thread, 255 at most
-    spilled: int  # bytes of a thread
-    shared: int  # bytes of a program
+    registers: int  # per thread, at most 255
+    spilled: int  # bytes per thread
+    shared: int  # bytes per program
     warps: int
 
     def fits(self, capability: int) -> bool:
         return self.shared <= (LIMITS[capability][0] - 1) * 1024
 
     def warps_at_once(self, capability: int) -> int:
-        """How many a processor has room for: in 65,536 registers, in portions of 256 a warp, and in shared memory."""
+        """Return how many warps fit on a multiprocessor at once.
+
+        It has 65,536 registers, which a warp gets in units of 256, and the shared memory in `LIMITS`.
+        """
         memory, warps = LIMITS[capability]
         by_registers = 65536 // (-(-self.registers * 32 // 256) * 256 * self.warps)
         return min(warps // self.warps, by_registers, memory * 1024 // (self.shared + 1024)) * self.warps
@@ -60,7 +63,7 @@ class Launch(NamedTuple):
     options: dict[str, int]
 
     def compile(self, capability: int) -> Resources:
-        """The most that any form takes, for a GPU of a compute capability, 80 for 8.0."""
+        """Return the maximum over both forms. A `capability` of 80 is compute capability 8.0."""
         found = [self._compile(capability, aligned) for aligned in (False, True)]
         return Resources(*(max(values) for values in zip(*found, strict=True)))
 
@@ -85,16 +88,23 @@ class Launch(NamedTuple):
 
 
 def launches(channels: int, name: str, channels_last: bool, hidden: int | None = None) -> dict[str, Launch]:
-    """What each operation launches for a map of some channels and types of `DTYPES`, by the kernel's name."""
-    dtype, input_dtype = DTYPES[name]
-    kept: list[Launch] = []
+    """Return the launches of all operations by the kernel's name.
 
-    def keep(wrapped: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
+    Args:
+        channels: Of the feature map.
+        name: Of the dtypes in `DTYPES`.
+        channels_last: Memory layout of the feature map.
+        hidden: Hidden channels of the unit; half of the channels by default.
+    """
+    dtype, input_dtype = DTYPES[name]
+    recorded: list[Launch] = []
+
+    def record(wrapped: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
         kernel = wrapped if hasattr(wrapped, 'arg_names') else wrapped.kernel
         names = {'num_warps', 'num_stages'} & constants.keys()
         options = {option: int(constants.pop(option)) for option in names}
         arguments = dict(zip(kernel.arg_names, args, strict=False)) | constants
-        kept.append(Launch(kernel, arguments, options))
+        recorded.append(Launch(kernel, arguments, options))
 
     hidden = max(channels // 2, 1) if hidden is None else hidden
     x = torch.zeros(2, channels, 3, 3, dtype=input_dtype)
@@ -103,22 +113,22 @@ def launches(channels: int, name: str, channels_last: bool, hidden: int | None =
     parameters = [
         torch.zeros(shape, dtype=dtype) for shape in ((hidden, channels), hidden, (channels, hidden), channels)
     ]
-    of_channels = [torch.zeros(channels)] * 4
+    statistics = [torch.zeros(channels)] * 4
 
-    def here(device: torch.device) -> bool:
+    def can_run(device: torch.device) -> bool:
         return True
 
     with (
         mock.patch.multiple(
-            atac, run_kernel=keep, can_run=here, _precision=lambda: 'ieee' if name == 'ieee' else 'tf32'
+            atac, run_kernel=record, can_run=can_run, _precision=lambda: 'ieee' if name == 'ieee' else 'tf32'
         ),
-        mock.patch.multiple(norm_gate, run_kernel=keep, can_run=here),
+        mock.patch.multiple(norm_gate, run_kernel=record, can_run=can_run),
     ):
         atac.atac(x, *parameters)
-        norm_gate.norm_gate(x, z, *of_channels)
-        norm_gate.norm_gate_sums(x, x, z, *of_channels)
-        norm_gate.norm_gate_backward(x, x, z, *of_channels, torch.zeros(2, channels))
-    return {launch.kernel.__name__: launch for launch in kept}
+        norm_gate.norm_gate(x, z, *statistics)
+        norm_gate.norm_gate_sums(x, x, z, *statistics)
+        norm_gate.norm_gate_backward(x, x, z, *statistics, torch.zeros(2, channels))
+    return {launch.kernel.__name__: launch for launch in recorded}
 
 
 def main() -> None:

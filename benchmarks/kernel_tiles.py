@@ -1,11 +1,10 @@
 #!/usr/bin/env python
-"""The fastest tiles of the unit's Triton kernel, for the table in timm_atac/kernels/atac.py. Needs a GPU.
+"""Find the fastest tiles of the unit's Triton kernel, for the table in timm_atac/kernels/atac.py. Needs a GPU.
 
     python benchmarks/kernel_tiles.py --shapes 64x56x56 128x28x28 256x14x14 512x7x7
     python benchmarks/kernel_tiles.py --shapes 512x7x7 --dtype float16 --layout contiguous --best 20
 
-Every tile that may fit and that the GPU takes is compiled and timed, in turns with all others and a copy: expect
-several minutes for a shape.
+It compiles and times every tile that fits on the GPU. All tiles and a copy take turns. A shape takes several minutes.
 """
 
 import argparse
@@ -16,7 +15,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from kernels import Setting, Shape, copied, setting_of
+from kernels import Setting, Shape, clone, parse_setting
 from measuring.timing import Spread, ratio
 
 from timm_atac.kernels import atac
@@ -33,27 +32,27 @@ SIZES = {
 
 
 def tiles(channels: int, hidden: int) -> Iterator[Tile]:
-    """Those of which no side is longer than it needs to be; all hidden channels at once, or 256 of them."""
+    """Yield the tiles to measure. No side is longer than necessary; they have all hidden channels at once, or 256."""
     whole = max(16, 1 << (hidden - 1).bit_length())
     for tile in itertools.starmap(Tile, itertools.product(*SIZES.values())):
-        values = tile.positions * (tile.hidden + tile.outputs) / (32 * tile.warps)  # of a thread, in registers
+        values = tile.positions * (tile.hidden + tile.outputs) / (32 * tile.warps)  # per thread, in registers
         is_long = max(tile.inputs, tile.outputs) > max(channels, 32)
         if tile.hidden in {whole, min(whole, 256)} and not is_long and 8 <= values <= (80 if tile.warps == 16 else 160):
             yield tile
 
 
 def measure(setting: Setting, shape: Shape, candidates: Iterable[Tile]) -> dict[Any, list[float]]:
-    """Seconds by tile, or 'copy', and round; a tile that the GPU refuses is left out."""
+    """Return the seconds of each round, by tile and for 'copy'. Tiles that do not run on the GPU are left out."""
     channels, hidden = shape[0], max(shape[0] // 2, 1)
     sizes = ((hidden, channels), (hidden,), (channels, hidden), (channels,))
     parameters = [torch.randn(size, device=setting.device, dtype=setting.dtype) for size in sizes]
-    x = setting.map(shape)
-    runs: dict[Any, Callable[[torch.Tensor], object]] = {'copy': copied}
+    x = setting.feature_map(shape)
+    runs: dict[Any, Callable[[torch.Tensor], object]] = {'copy': clone}
     for tile in candidates:
         run = partial(_launch, parameters, tile)
         try:
             run(x)
-        except Exception as error:  # OutOfResources, CompilationError, or what the compiler's own programs raise
+        except Exception as error:  # OutOfResources, CompilationError, or an error of the compiler's programs
             print(f'{tuple(tile)}: {type(error).__name__}', file=sys.stderr)
             continue
         runs[tile] = run
@@ -61,13 +60,13 @@ def measure(setting: Setting, shape: Shape, candidates: Iterable[Tile]) -> dict[
 
 
 def in_use(setting: Setting, shape: Shape) -> Tile:
-    """The tile that the kernel takes for a shape."""
+    """Return the tile that the kernel uses for a shape."""
     weight = torch.empty(max(shape[0] // 2, 1), shape[0], device=setting.device, dtype=setting.dtype)
-    return atac.tile_for(setting.map(shape), weight)
+    return atac.tile_for(setting.feature_map(shape), weight)
 
 
 def tune(setting: Setting, shape: Shape) -> dict[str, list[float]]:
-    """Seconds by name of a tile, or 'copy', and round."""
+    """Return the seconds of each round, by the tile's text and for 'copy'."""
     used = in_use(setting, shape)
     times = measure(setting, shape, dict.fromkeys((used, *tiles(shape[0], max(shape[0] // 2, 1)))))
     return {
@@ -83,8 +82,8 @@ def _launch(parameters: list[torch.Tensor], tile: Tile, x: torch.Tensor) -> torc
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--best', type=int, default=8, help='how many are printed, and the one in use')
-    setting, args = setting_of(parser)
+    parser.add_argument('--best', type=int, default=8, help='number of tiles to print, besides the one in use')
+    setting, args = parse_setting(parser)
     print(setting)
     for shape in setting.shapes:
         times = tune(setting, shape)

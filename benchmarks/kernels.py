@@ -1,15 +1,15 @@
 #!/usr/bin/env python
-"""The Triton kernels beside everything else that computes a unit: times, bytes a second, errors. Needs a GPU.
+"""Compare the Triton kernels with other implementations of a unit: times, bytes per second, errors. Needs a GPU.
 
     python benchmarks/kernels.py                  # inference, training and errors, at the shapes of our networks
     python benchmarks/kernels.py --what inference --shapes 64x56x56 256x14x14 --dtype float16 --plot kernels.png
     python benchmarks/speed.py --device cuda --batch-size 256 --mode half --what inference --kernels  # networks
 
-Inference runs as CUDA graphs, and walks through copies of the input that are larger together than the GPU's cache;
-training runs eagerly. The forms of a shape take turns in every round. A share is of what a copy of the same map moves a
-second in the same rounds. In float32, convolutions and the kernel multiply in TF32 by default, and the products of
-'folded' do not. kernel_tiles.py looks for the fastest tiles; kernel_resources.py tells without a GPU what the kernels
-take of one.
+Inference runs as CUDA graphs on several copies of the input, which together are larger than the GPU's cache. Training
+runs eagerly. The forms of a shape take turns in every round. A share is relative to the bytes per second of a copy of
+the same map in the same round. In float32, convolutions and the kernel multiply in TF32 by default; the matrix products
+of 'folded' do not. kernel_tiles.py finds the fastest tiles. kernel_resources.py prints the resources of the kernels and
+needs no GPU.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from measuring.timing import Spread, captured, device_name, interleaved, ratio, runs_kernels
+from measuring.timing import Spread, as_cuda_graph, can_run_kernels, device_name, interleaved, ratio
 from speed import shapes
 
 import timm_atac
@@ -27,14 +27,14 @@ from timm_atac import ATAC, ATACMe, fuse
 
 FORMS = ('eager', 'folded', 'compiled', 'max-autotune', 'kernel')
 TRAINED = ('ATAC', 'compiled', 'ATACMe', 'ATACMe, kernels')
-CACHE = 256e6  # bytes: more than any GPU's
+CACHE = 256e6  # bytes, more than the cache of any GPU
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
 Shape = tuple[int, int, int]
-Results = dict[str, dict[str, list[float]]]  # seconds by shape, form and round
+Results = dict[str, dict[str, list[float]]]  # seconds of each round, by shape and form
 
 
 class Setting(NamedTuple):
-    """What is measured, and where."""
+    """Device, dtype, memory layout, batch size, rounds and shapes of the measurements."""
 
     device: torch.device
     dtype: torch.dtype
@@ -48,27 +48,27 @@ class Setting(NamedTuple):
         dtype = str(self.dtype).removeprefix('torch.')
         return f'{device_name(self.device)}, {dtype}, {layout}, batch {self.batch}, torch {torch.__version__}'
 
-    def map(self, shape: Shape) -> torch.Tensor:
+    def feature_map(self, shape: Shape) -> torch.Tensor:
         x = torch.randn(self.batch, *shape, device=self.device, dtype=self.dtype)
         return x.contiguous(memory_format=self.layout)
 
     def measure(self, runs: dict[Any, Callable[[torch.Tensor], object]], x: torch.Tensor) -> dict[Any, list[float]]:
-        """Seconds a call, by round."""
+        """Return the seconds per call of each round, by name."""
         cuda = self.device.type == 'cuda'
         copies = min(512, max(1, round(CACHE / (x.numel() * x.element_size())))) if cuda else 1
         inputs = [x.clone(memory_format=torch.preserve_format) for _ in range(copies)]
         pool = torch.cuda.graph_pool_handle() if cuda else None
 
-        def walk(run: Callable[[torch.Tensor], object]) -> list[object]:
-            return [run(t) for t in inputs]  # all of the results at once: each is written to another place
+        def run_all(run: Callable[[torch.Tensor], object]) -> list[object]:
+            return [run(t) for t in inputs]  # a list, so that each result is written to other memory
 
-        walks = {name: captured(partial(walk, run), self.device, pool) for name, run in runs.items()}
-        times = interleaved(walks, self.rounds, self.device, at_least=0.02)
+        graphs = {name: as_cuda_graph(partial(run_all, run), self.device, pool) for name, run in runs.items()}
+        times = interleaved(graphs, self.rounds, self.device, at_least=0.02)
         return {name: [seconds / copies for seconds in values] for name, values in times.items()}
 
 
 def unit_for(channels: int) -> Any:
-    """With norms that have something to do."""
+    """Return a unit whose norms have random weights and biases."""
     unit: Any = ATAC(channels)
     for norm in (unit.bn1, unit.bn2):
         torch.nn.init.uniform_(norm.weight, 0.5, 1.5)
@@ -77,7 +77,7 @@ def unit_for(channels: int) -> Any:
 
 
 def forms(unit: ATAC, names: Sequence[str], setting: Setting) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
-    """A unit of inference in some forms; the unit itself is left alone."""
+    """Return functions that compute a unit's inference in several forms. `unit` is not changed."""
     small = torch.zeros(2, unit.channels or 0, 2, 2)
     runs: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {}
     for name in names:
@@ -100,26 +100,26 @@ def infer(module: Any, x: torch.Tensor) -> torch.Tensor:
 
 def inference(setting: Setting, shape: Shape, names: Sequence[str]) -> dict[str, list[float]]:
     torch.compiler.reset()
-    x = setting.map(shape)
-    runs: dict[str, Callable[[torch.Tensor], object]] = {'copy': copied}
+    x = setting.feature_map(shape)
+    runs: dict[str, Callable[[torch.Tensor], object]] = {'copy': clone}
     return setting.measure(runs | forms(unit_for(shape[0]), names, setting), x)
 
 
-def copied(x: torch.Tensor) -> torch.Tensor:
+def clone(x: torch.Tensor) -> torch.Tensor:
     return x.clone(memory_format=torch.preserve_format)
 
 
 def training(setting: Setting, shape: Shape, names: Sequence[str], graphs: bool = False) -> dict[str, list[float]]:
-    """Both ways, under autocast where the type is a narrow one.
+    """Return the seconds of forward and backward pass of each round. Under autocast unless the dtype is float32.
 
     Args:
-        setting: Where, and of what.
-        shape: Of the map.
-        names: Of the forms.
-        graphs: Whether CUDA graphs are timed, which leaves Python out; else each call, as a training loop makes it.
+        setting: The setting.
+        shape: (C, H, W) of the feature map.
+        names: Names of the forms.
+        graphs: True to time CUDA graphs, which excludes Python; False to time calls, as a training loop makes them.
     """
     torch.compiler.reset()
-    x, grad = setting.map(shape), setting.map(shape)
+    x, grad = setting.feature_map(shape), setting.feature_map(shape)
     plain = unit_for(shape[0]).train()
     lean: Any = ATACMe(shape[0]).train()
     lean.load_state_dict(plain.state_dict())
@@ -127,14 +127,14 @@ def training(setting: Setting, shape: Shape, names: Sequence[str], graphs: bool 
         unit.to(setting.device, memory_format=setting.layout)
     modules = {'ATAC': plain, 'compiled': torch.compile(plain), 'ATACMe': lean, 'ATACMe, kernels': lean}
     runs: dict[str, Callable[[], object]] = {'copy': partial(torch.empty_like(x).copy_, x)}
-    wanted = x.detach().requires_grad_()
-    runs |= {name: partial(_both_ways, setting, name, modules[name], wanted, grad) for name in names}
+    x = x.detach().requires_grad_()
+    runs |= {name: partial(_forward_backward, setting, name, modules[name], x, grad) for name in names}
     if graphs:
-        runs = {name: captured(run, setting.device) for name, run in runs.items()}
+        runs = {name: as_cuda_graph(run, setting.device) for name, run in runs.items()}
     return interleaved(runs, setting.rounds, setting.device, at_least=0.02)
 
 
-def _both_ways(setting: Setting, name: str, module: Any, x: torch.Tensor, grad: torch.Tensor) -> None:
+def _forward_backward(setting: Setting, name: str, module: Any, x: torch.Tensor, grad: torch.Tensor) -> None:
     timm_atac.use_kernels(name.endswith('kernels'))
     with torch.autocast(setting.device.type, setting.dtype, enabled=setting.dtype != torch.float32):
         y = module(x)
@@ -145,9 +145,12 @@ def _both_ways(setting: Setting, name: str, module: Any, x: torch.Tensor, grad: 
 
 
 def errors(setting: Setting, channels: int, names: Sequence[str]) -> dict[str, float]:
-    """Of a unit's result against float64, over its norm: that of rounded weights counts, of the rounded input not."""
+    """Return the norm of each form's error over the norm of the result in float64.
+
+    The error includes the rounding of the weights, but not of the input.
+    """
     torch.compiler.reset()
-    x = setting.map((channels, 14, 14))
+    x = setting.feature_map((channels, 14, 14))
     unit = unit_for(channels).eval()
     exact = copy.deepcopy(unit).double()(x.double().cpu())
     found = {name: run(x).double().cpu() for name, run in forms(unit, names, setting).items()}
@@ -155,7 +158,7 @@ def errors(setting: Setting, channels: int, names: Sequence[str]) -> dict[str, f
 
 
 def print_inference(setting: Setting, names: Sequence[str]) -> Results:
-    print('\nInference: us, GB/s of x read and y written once, share of the copy\n')
+    print('\nInference: us, GB/s (x read once, y written once), share of the copy\n')
     print(f'| C x H x W | copy: us, GB/s | {" | ".join(f"{name}: us, GB/s, share" for name in names)} |')
     print(f'|{" --- |" * (2 + len(names))}')
     results = {}
@@ -172,7 +175,7 @@ def print_inference(setting: Setting, names: Sequence[str]) -> Results:
 
 
 def print_training(setting: Setting, names: Sequence[str]) -> Results:
-    print('\nTraining, both ways: us, times a copy\n')
+    print('\nTraining, forward and backward pass: us, time over a copy\n')
     print(f'| C x H x W | {" | ".join(names)} |')
     print(f'|{" --- |" * (1 + len(names))}')
     results = {}
@@ -185,7 +188,7 @@ def print_training(setting: Setting, names: Sequence[str]) -> Results:
 
 
 def print_errors(setting: Setting, names: Sequence[str]) -> None:
-    print('\nErrors over the norm of the result in float64\n')
+    print('\nNorm of the error over the norm of the result in float64\n')
     print(f'| C | type | {" | ".join(names)} |')
     print(f'|{" --- |" * (2 + len(names))}')
     for channels in sorted({shape[0] for shape in setting.shapes}):
@@ -214,20 +217,20 @@ def plot(results: Results, path: str, subtitle: str) -> None:
     figure.savefig(path, dpi=110)
 
 
-def setting_of(parser: argparse.ArgumentParser) -> tuple[Setting, argparse.Namespace]:
-    """Of a command line, to which a parser may have added arguments of its own; refuses where no kernel runs."""
-    parser.add_argument('--shapes', nargs='+', type=_shape, metavar='CxHxW', help='those of our networks by default')
+def parse_setting(parser: argparse.ArgumentParser) -> tuple[Setting, argparse.Namespace]:
+    """Add the common options to a parser and parse the command line. Exit with an error if the kernels cannot run."""
+    parser.add_argument('--shapes', nargs='+', type=_shape, metavar='CxHxW', help='default: the shapes of our networks')
     parser.add_argument('--dtype', choices=DTYPES, default='bfloat16')
     parser.add_argument('--layout', choices=('channels_last', 'contiguous'), default='channels_last')
     parser.add_argument('--device', default='cuda', type=torch.device)
     parser.add_argument('--batch-size', type=int, default=256)
     parser.add_argument('--rounds', type=int, default=15)
     args = parser.parse_args()
-    if not runs_kernels(args.device):
+    if not can_run_kernels(args.device):
         parser.error(
-            f'no kernel runs on {args.device} here: it takes a GPU of compute capability 8.0 or newer, and PyTorch '
-            f'2.7 or newer with Triton. To try this script without a GPU, set TRITON_INTERPRET=1, and give --device '
-            f'cpu and small shapes and batches: what it times then is the interpreter.'
+            f'no kernel runs on {args.device}: expected a GPU with compute capability 8.0 or newer, and PyTorch 2.7 or '
+            f'newer with Triton. To try this program without a GPU, set TRITON_INTERPRET=1, and give --device cpu, '
+            f'small shapes and a small batch. The times are then those of the interpreter.'
         )
     layout = torch.channels_last if args.layout == 'channels_last' else torch.contiguous_format
     setting = Setting(args.device, DTYPES[args.dtype], layout, args.batch_size, args.rounds, args.shapes or shapes())
@@ -243,10 +246,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = ('inference', 'training', 'errors')
     parser.add_argument('--what', nargs='+', choices=what, default=what)
-    parser.add_argument('--forms', nargs='+', choices=FORMS, default=FORMS, help='of inference, and for the errors')
+    parser.add_argument('--forms', nargs='+', choices=FORMS, default=FORMS, help='forms of inference and of the errors')
     parser.add_argument('--trained', nargs='+', choices=TRAINED, default=TRAINED, help='forms of training')
-    parser.add_argument('--plot', metavar='FILE', help='a picture of the times of inference')
-    setting, args = setting_of(parser)
+    parser.add_argument('--plot', metavar='FILE', help='plot the times of inference to this file')
+    setting, args = parse_setting(parser)
     print(setting)
     if 'inference' in args.what:
         results = print_inference(setting, args.forms)

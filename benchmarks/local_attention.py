@@ -1,12 +1,12 @@
 #!/usr/bin/env python
-"""The local attention of fa_resnet50 beside other ways to compute it, and the 3x3 convolution it replaces.
+"""The local attention of fa_resnet50, other ways to compute it, and the 3x3 convolution that it replaces.
 
-    python benchmarks/local_attention.py                                # on a CPU: the table of the log
+    python benchmarks/local_attention.py                                # on a CPU: the table in log.md
     python benchmarks/local_attention.py --inference --forms '3x3 convolution' tiles unfold flex
     python benchmarks/local_attention.py --device cuda --dtype bfloat16 --batch-size 32 --rounds 30 --all
 
-A training step of the operation alone, forwards and backwards, all forms in turns. `flex_attention` trains on GPUs
-only, and with `--inference` it runs on a CPU too.
+It times forward and backward pass of the operation alone; the forms take turns. `flex_attention` only has a backward
+pass on GPUs. With `--inference` it also runs on a CPU.
 """
 
 import argparse
@@ -28,7 +28,7 @@ Form = Callable[..., torch.Tensor]
 
 
 def unfold(q, k, v, row_embed, col_embed, num_heads: int) -> torch.Tensor:
-    """With a copy of its 49 neighbours for every position, as the definition reads."""
+    """Copy the 49 neighbours of each position, as in the definition."""
     batch, channels, height, width = q.shape
     shape = (batch, num_heads, channels // num_heads, WINDOW * WINDOW, height * width)
     k, v = (F.unfold(t, WINDOW, padding=WINDOW // 2).view(shape) for t in (k, v))
@@ -46,21 +46,20 @@ def unfold_recomputed(*args) -> torch.Tensor:
 
 
 def flex(height: int, width: int, device: torch.device, compiled: bool = True) -> Form:
-    """PyTorch's `flex_attention`, compiled, with the embeddings' logits added to the scores.
+    """Return a form that calls `flex_attention` and adds the embeddings' logits to the scores.
 
     Args:
-        height: Of the map.
-        width: Of the map.
-        device: Where.
-        compiled: Else all scores of the map are computed: for tests.
+        height, width: Of the feature map.
+        device: Device of the block mask.
+        compiled: True to compile it. Without the compiler, all scores of the map are computed; for tests.
     """
 
-    def place(q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Relative row and column of a key, from 0 within the window."""
+    def offset(q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return row and column of a key within the query's window, counted from 0."""
         return k // width - q // width + WINDOW // 2, k % width - q % width + WINDOW // 2
 
     def is_near(batch, head, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-        row, col = place(q, k)
+        row, col = offset(q, k)
         return (row >= 0) & (row < WINDOW) & (col >= 0) & (col < WINDOW)
 
     mask = create_block_mask(is_near, None, None, height * width, height * width, device=device)
@@ -72,10 +71,10 @@ def flex(height: int, width: int, device: torch.device, compiled: bool = True) -
         by_row, by_col = q[..., :half] @ row_embed, q[..., half:] @ col_embed
 
         def add_embedding(score, batch, head, q, k):
-            row, col = (at.clamp(0, WINDOW - 1) for at in place(q, k))
+            row, col = (at.clamp(0, WINDOW - 1) for at in offset(q, k))
             return score + by_row[batch, head, q, row] + by_col[batch, head, q, col]
 
-        padding = (0, max(0, 16 - 2 * half))  # it takes heads of 16 channels and more
+        padding = (0, max(0, 16 - 2 * half))  # flex_attention needs heads of at least 16 channels
         q, k, v = (F.pad(t, padding).contiguous() for t in (q, k, v))
         y = attend(q, k, v, score_mod=add_embedding, block_mask=mask, scale=1.0)
         return y[..., : 2 * half].transpose(2, 3).reshape(shape)
@@ -107,24 +106,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--shapes', nargs='+', default=SHAPES, metavar='CxHxW', help=', '.join(SHAPES))
     parser.add_argument('--forms', nargs='+', choices=FORMS, default=list(FORMS[:-1]))
-    parser.add_argument('--all', action='store_const', const=list(FORMS), dest='forms', help='flex as well')
+    parser.add_argument(
+        '--all', action='store_const', const=list(FORMS), dest='forms', help='all forms, including flex'
+    )
     parser.add_argument('--device', default='cpu')
     parser.add_argument('--dtype', choices=('float32', 'bfloat16', 'float16'), default='float32')
     parser.add_argument('--batch-size', type=int, default=8)
     parser.add_argument('--rounds', type=int, default=7)
-    parser.add_argument('--inference', action='store_true', help='forwards only, without gradients')
+    parser.add_argument('--inference', action='store_true', help='only the forward pass, without gradients')
     args = parser.parse_args()
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
     if 'flex' in args.forms and device.type == 'cpu' and not args.inference:
         parser.error("flex: PyTorch's flex_attention has no backward pass on a CPU; add --inference")
 
-    what = 'inference' if args.inference else 'forwards and backwards'
+    what = 'inference' if args.inference else 'forward and backward pass'
     print(f'{device_name(device)}, {args.dtype}, batch {args.batch_size}, torch {torch.__version__}: {what}')
-    print(f'\n| C x H x W | form | ms | time over {args.forms[0]} | kept (MB) | peak (MB) |')
+    print(f'\n| C x H x W | form | ms | time over {args.forms[0]} | saved (MB) | peak (MB) |')
     print('| --- | --- | --- | --- | --- | --- |')
     for text in args.shapes:
         shape = tuple(map(int, text.split('x')))
-        torch.compiler.reset()  # of the shape before
+        torch.compiler.reset()  # forget the previous shape
         measure(text, (shape[0], shape[1], shape[2]), args, device, dtype)
 
 
@@ -138,19 +139,19 @@ def measure(text: str, shape: tuple[int, int, int], args: argparse.Namespace, de
         runs[name] = partial(_infer if args.inference else step, form, tensors)
     times = interleaved(runs, args.rounds, device, at_least=0.02)
     for name, form in made.items():
-        kept = '-'
+        saved = '-'
         if not args.inference:
-            kept = f'{bytes_kept(partial(form, *tensors, HEADS), torch.nn.ParameterList(tensors)) / 1e6:.1f}'
+            saved = f'{bytes_kept(partial(form, *tensors, HEADS), torch.nn.ParameterList(tensors)) / 1e6:.1f}'
         print(
             f'| {text} | {name} | {1e3 * Spread.of(times[name]).median:.2f} | {ratio(times, name, args.forms[0])} '
-            f'| {kept} | {peak_memory(runs[name], device) / 1e6:.1f} |',
+            f'| {saved} | {peak_memory(runs[name], device) / 1e6:.1f} |',
             flush=True,
         )
 
 
 def step(form: Form, tensors: list[torch.Tensor]) -> None:
     y = form(*tensors, HEADS)
-    torch.autograd.grad(y, tensors, torch.ones_like(y), allow_unused=True)  # the convolution has one input
+    torch.autograd.grad(y, tensors, torch.ones_like(y), allow_unused=True)  # the convolution only uses q
 
 
 @torch.no_grad()

@@ -3,9 +3,9 @@
 
     python benchmarks/read_params.py
 
-Reading gives views of the mapped file; the second row of each also sums every array, which brings the file in. Medians
-over interleaved rounds in one process, the file in the page cache; memory is the growth of the process in a fresh one,
-and holds the mapped pages of the file that were touched.
+Reading returns views of the mapped file. The second row of each also sums every array, which reads the whole file.
+Times are medians of rounds in one process, in which both take turns; the file is in the page cache. Memory is the
+growth of a new process. It includes the mapped pages of the file that were read.
 """
 
 import argparse
@@ -22,7 +22,7 @@ import numpy as np
 
 
 def write(folder: Path) -> None:
-    """The same arrays as `net.params` and `net.safetensors`: random, float16 but for the norms."""
+    """Write the same random arrays as `net.params` and `net.safetensors`: in float16, norms' statistics in float32."""
     import timm
     from safetensors.numpy import save_file
 
@@ -53,13 +53,13 @@ def use(arrays: dict[str, np.ndarray]) -> float:
 
 
 def megabytes() -> tuple[float, float]:
-    """Largest resident size so far, and what of the current one is not of files: (peak, own), Linux only."""
+    """Return the peak resident size, and the current resident size without mapped files. Linux only."""
     status = dict(line.split(':', 1) for line in Path('/proc/self/status').read_text().splitlines())
     return tuple(int(status[key].split()[0]) * 1024 / 1e6 for key in ('VmHWM', 'RssAnon'))  # type: ignore[return-value]
 
 
 def memory(folder: Path, way: str, touch: bool) -> None:
-    """Of one way in this process, as JSON."""
+    """Print the growth of both sizes when this process reads the file, as JSON."""
     read = ways(folder)[way]
     before = megabytes()
     arrays = read()
@@ -83,7 +83,7 @@ def main() -> None:
         write(folder)
         size = (folder / 'net.params').stat().st_size / 1e6
         print(f'{size:.1f} MB\n')
-        print('| | time (ms) | over safetensors | peak memory (MB) | over the file | of that not the file (MB) |')
+        print('| | time (ms) | over safetensors | peak memory (MB) | over the file | without the file (MB) |')
         print('| --- | --- | --- | --- | --- | --- |')
         for touch in (False, True):
             times: dict[str, list[float]] = {way: [] for way in ways(folder)}

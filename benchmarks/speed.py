@@ -1,13 +1,13 @@
 #!/usr/bin/env python
-"""Time and memory of the ATAC networks beside those of timm, and of the unit beside a copy: ratios, in one process.
+"""Time and memory of the ATAC networks relative to timm's, and time of the unit relative to a copy.
 
     python benchmarks/speed.py                                  # on a CPU: the tables of the README
-    python benchmarks/speed.py --what units                     # one of them
+    python benchmarks/speed.py --what units                     # one of the tables
     python benchmarks/speed.py --mode compile --models resnet50 atac_resnet50
     python benchmarks/speed.py --device cuda --batch-size 256 --mode bf16 --rounds 30 --plot speed.png
     python benchmarks/speed.py --device cuda --batch-size 256 --mode half --what inference --kernels
 
-All models, or all forms of a unit, take turns in every round; a ratio is the median (range) of those within a round.
+All models, or all forms of a unit, take turns in every round. A ratio is the median (range) of all rounds.
 """
 
 import argparse
@@ -20,7 +20,7 @@ import timm
 import torch
 import torch.nn as nn
 from measuring.checkpointed import CheckpointedATAC
-from measuring.timing import Spread, bytes_kept, device_name, interleaved, peak_memory, ratio, runs_kernels
+from measuring.timing import Spread, bytes_kept, can_run_kernels, device_name, interleaved, peak_memory, ratio
 
 import timm_atac
 from timm_atac import ATAC, ATACMe, fuse
@@ -41,7 +41,7 @@ MODELS: dict[str, Callable[[], Any]] = {
     'atac_resnet50_full, checkpoint': partial(timm.create_model, 'atac_resnet50_full', act_layer=CheckpointedATAC),
 }
 FUSED = ('resnet50', 'atac_resnet50', 'atac_resnet50_full', 'seresnet50')
-MODES = {  # channels_last, autocast to bfloat16, weights and images of bfloat16, torch.compile
+MODES = {  # channels_last, autocast to bfloat16, weights and images in bfloat16, torch.compile
     'eager': (False, False, False, False),
     'channels_last': (True, False, False, False),
     'bf16': (True, True, False, False),
@@ -55,14 +55,14 @@ ODD = ((24, 17, 13), (96, 31, 29), (200, 7, 5))
 
 
 class Mode(NamedTuple):
-    """How models are run."""
+    """How models run: the fields are those of `MODES`, and the device."""
 
     channels_last: bool
     bf16: bool
     half: bool
     compiled: bool
     device: torch.device
-    compile_mode: str = 'max-autotune-no-cudagraphs'  # on a GPU
+    compile_mode: str = 'max-autotune-no-cudagraphs'  # only used on a GPU
 
     def prepare(self, module: Any) -> Any:
         module = module.to(self.device, torch.bfloat16 if self.half else None)
@@ -83,13 +83,13 @@ class Mode(NamedTuple):
 class Row(NamedTuple):
     name: str
     seconds: Spread
-    over: Spread  # resnet50's time
-    peak: float
-    kept: float | None
+    over: Spread  # time over that of the first model
+    peak: float  # bytes
+    saved: float | None  # bytes for the backward pass
 
 
 def inference(mode: Mode, names: list[str], batch: int, size: int, rounds: int, kernels: bool = False) -> list[Row]:
-    """A forward pass in `eval()` without gradients."""
+    """Measure a forward pass in `eval()` mode without gradients."""
     x = mode.tensor(batch, 3, size, size)
     runs: dict[str, Callable[[], object]] = {}
     for name in names:
@@ -118,26 +118,26 @@ def _infer(mode: Mode, model: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 
 def training(mode: Mode, names: list[str], batch: int, size: int, rounds: int, kernels: bool = False) -> list[Row]:
-    """Forward and backward pass and a step of SGD with momentum."""
+    """Measure forward pass, backward pass and a step of SGD with momentum."""
     x = mode.tensor(batch, 3, size, size)
     target = torch.arange(batch, device=mode.device) % 1000
-    runs, kept = {}, {}
+    runs, saved = {}, {}
     for name in names:
         model = MODELS[name]().train()
         optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
         prepared = mode.prepare(model)
-        # compiled, or with norms of bfloat16, a unit in training is left to PyTorch
+        # in training, a unit that is compiled or has norms in bfloat16 does not use the kernels
         has_kernels = kernels and any(isinstance(m, ATACMe) for m in model.modules())
         has_kernels = has_kernels and not mode.compiled and not mode.half
         for by_kernel in (False, True) if has_kernels else (False,):
             label = f'{name}, kernels' if by_kernel else name
             timm_atac.use_kernels(by_kernel)
-            kept[label] = bytes_kept(partial(_forward, mode, prepared, x, target), model)
+            saved[label] = bytes_kept(partial(_forward, mode, prepared, x, target), model)
             timm_atac.use_kernels(None)
             runs[label] = partial(_step, mode, prepared, optimizer, x, target, by_kernel)
     times = interleaved(runs, rounds, mode.device)
     return [
-        Row(name, Spread.of(times[name]), ratio(times, name, names[0]), peak_memory(run, mode.device), kept[name])
+        Row(name, Spread.of(times[name]), ratio(times, name, names[0]), peak_memory(run, mode.device), saved[name])
         for name, run in runs.items()
     ]
 
@@ -158,51 +158,50 @@ def _step(mode: Mode, model: nn.Module, optimizer: Any, x: torch.Tensor, target:
 def print_models(title: str, rows: list[Row], batch: int) -> None:
     print(f'\n{title}\n')
     first = rows[0]
-    print(f'| model | images/s | time over {first.name} | peak memory (MB) | over | bytes kept (MB) | over |')
+    print(f'| model | images/s | time over {first.name} | peak memory (MB) | over | saved for backward (MB) | over |')
     print('| --- | --- | --- | --- | --- | --- | --- |')
     for row in rows:
-        kept = (
-            '| |' if row.kept is None or first.kept is None else f'{row.kept / 1e6:.1f} | {row.kept / first.kept:.3f} |'
-        )
+        saved = '| |'
+        if row.saved is not None and first.saved is not None:
+            saved = f'{row.saved / 1e6:.1f} | {row.saved / first.saved:.3f} |'
         print(
             f'| {row.name} | {batch / row.seconds.median:.1f} | {row.over} | {row.peak / 1e6:.0f} '
-            f'| {row.peak / first.peak:.2f} | {kept}'
+            f'| {row.peak / first.peak:.2f} | {saved}'
         )
 
 
 def shapes() -> list[tuple[int, int, int]]:
-    """(C, H, W) of every unit of our networks at their own image sizes, and a few odd ones."""
-    seen: dict[tuple[int, int, int], None] = {}
+    """Return (C, H, W) of every unit of our networks at their default image sizes, and a few odd ones."""
+    found: dict[tuple[int, int, int], None] = {}
     for name in NETWORKS:
         model: Any = timm.create_model(name, device='meta').eval()
         for module in model.modules():
             if isinstance(module, ATAC):
-                module.register_forward_hook(lambda module, args, y: seen.setdefault(tuple(y.shape[1:])))
+                module.register_forward_hook(lambda module, args, y: found.setdefault(tuple(y.shape[1:])))
         model(torch.empty(1, *model.pretrained_cfg['input_size'], device='meta'))
-    return [*seen, *ODD]
+    return [*found, *ODD]
 
 
 def units(mode: Mode, batch: int, rounds: int) -> dict[str, dict[str, Any]]:
-    """For each shape and form: seconds, over those of a copy, and GB/s where x is read and y is written once."""
+    """Return by shape and form: seconds, time over a copy, and GB/s (x read once, y written once)."""
     results: dict[str, dict[str, Any]] = {}
     for channels, height, width in shapes():
-        torch.compiler.reset()  # of the shape before
+        torch.compiler.reset()  # forget the previous shape
         unit = ATAC(channels)
         lean = ATACMe(channels)
         lean.load_state_dict(unit.state_dict())
         x = mode.tensor(batch, channels, height, width)
         x = x.bfloat16() if mode.bf16 else x
-        like = mode.prepare(nn.ReLU())
         trained = {'ATAC, training': mode.prepare(unit).train(), 'ATACMe, training': mode.prepare(lean).train()}
         plain = ATAC(channels).eval()
         small = torch.zeros(2, channels, 2, 2)
         fused = fuse(plain, example_input=small, kernel=False)
-        used = {'ReLU': like, 'ATAC': mode.prepare(plain), 'fused ATAC': mode.prepare(fused)}
+        inferring = {'ReLU': mode.prepare(nn.ReLU()), 'ATAC': mode.prepare(plain), 'fused ATAC': mode.prepare(fused)}
         y = torch.empty_like(x)
         runs: dict[str, Callable[[], object]] = {'copy': partial(y.copy_, x)}
-        runs |= {name: partial(_infer, mode, module, x) for name, module in used.items()}
-        wanted = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
-        runs |= {name: partial(_both_ways, mode, module, wanted, y) for name, module in trained.items()}
+        runs |= {name: partial(_infer, mode, module, x) for name, module in inferring.items()}
+        x_with_grad = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+        runs |= {name: partial(_forward_backward, mode, module, x_with_grad, y) for name, module in trained.items()}
         times = interleaved(runs, rounds, mode.device, at_least=0.005)
         moved = 2 * x.numel() * x.element_size()
         results[f'{channels} x {height} x {width}'] = {
@@ -216,7 +215,7 @@ def units(mode: Mode, batch: int, rounds: int) -> dict[str, dict[str, Any]]:
     return results
 
 
-def _both_ways(mode: Mode, module: nn.Module, x: torch.Tensor, grad: torch.Tensor) -> None:
+def _forward_backward(mode: Mode, module: nn.Module, x: torch.Tensor, grad: torch.Tensor) -> None:
     with mode.autocast():
         y = module(x)
     y.backward(grad)
@@ -226,7 +225,7 @@ def _both_ways(mode: Mode, module: nn.Module, x: torch.Tensor, grad: torch.Tenso
 
 def print_units(results: dict[str, dict[str, Any]], batch: int) -> None:
     names = list(next(iter(results.values())))
-    print(f'\nUnits, batch {batch}: ms, GB/s of x read and y written once, and time over a copy\n')
+    print(f'\nUnits, batch {batch}: ms, GB/s (x read once, y written once), and time over a copy\n')
     print(f'| C x H x W | {" | ".join(names)} |')
     print(f'|{" --- |" * (1 + len(names))}')
     for shape, forms in results.items():
@@ -247,9 +246,11 @@ def plot(tables: dict[str, list[Row]], results: dict[str, dict[str, Any]], path:
         medians = [row.over.median for row in rows]
         errors = [[row.over.median - row.over.low for row in rows], [row.over.high - row.over.median for row in rows]]
         axis.barh(labels, medians, xerr=errors, height=0.4, label='time')
-        first = rows[0].kept
+        first = rows[0].saved
         if first is not None:
-            axis.plot([(row.kept or 0) / first for row in rows], labels, 'D', color='black', label='bytes kept')
+            axis.plot(
+                [(row.saved or 0) / first for row in rows], labels, 'D', color='black', label='bytes saved for backward'
+            )
         axis.axvline(1, color='grey', linewidth=0.8)
         axis.invert_yaxis()
         axis.set_title(title, fontsize='medium')
@@ -281,17 +282,16 @@ def main() -> None:
     parser.add_argument('--img-size', type=int, default=224)
     parser.add_argument('--rounds', type=int, default=11)
     parser.add_argument(
-        '--kernels', action='store_true', help='also with the Triton kernels, which kernels.py has unit by unit'
+        '--kernels', action='store_true', help='also with the Triton kernels; kernels.py measures single units'
     )
-    parser.add_argument('--plot', metavar='FILE', help='a picture of the ratios')
+    parser.add_argument('--plot', metavar='FILE', help='plot the ratios to this file')
     args = parser.parse_args()
 
     mode = Mode(*MODES[args.mode], device=torch.device(args.device))
-    if args.kernels and not runs_kernels(mode.device):
-        parser.error(f'--kernels: none runs on {args.device}; see benchmarks/kernels.py')
-    if (
-        mode.compiled
-    ):  # all models run the code of one class, and what is compiled eight times is run eagerly from then on
+    if args.kernels and not can_run_kernels(mode.device):
+        parser.error(f'--kernels: no kernel runs on {args.device}; see benchmarks/kernels.py')
+    # all models run the code of one class; by default, code that was compiled eight times runs eagerly from then on
+    if mode.compiled:
         torch._dynamo.config.recompile_limit = 64
         torch._dynamo.config.fail_on_recompile_limit_hit = True
     setting = f'{device_name(mode.device)}, {args.mode}, batch {args.batch_size}, torch {torch.__version__}'

@@ -11,15 +11,15 @@ import torch
 import torch.nn as nn
 from packaging.version import Version
 
-os.environ.pop('TIMM_ATAC_HUB_ORG', None)  # the weights of a tag are the authors'
-os.environ.pop('TIMM_ATAC_KERNELS', None)  # a test says itself what it is of
-if 'PYTEST_XDIST_WORKER_COUNT' in os.environ:  # several processes with as many threads as cores wait for each other
+os.environ.pop('TIMM_ATAC_HUB_ORG', None)  # pretrained weights are then the authors' files
+os.environ.pop('TIMM_ATAC_KERNELS', None)  # tests that depend on the kernels switch them themselves
+if 'PYTEST_XDIST_WORKER_COUNT' in os.environ:  # with one thread per core each, the processes would slow each other down
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ['PYTEST_XDIST_WORKER_COUNT'])))
 
 
 def pytest_addoption(parser) -> None:
     parser.addoption(
-        '--all-hosts', action='store_true', help="walk through all of timm's modules: an hour on two cores"
+        '--all-hosts', action='store_true', help="test all of timm's modules, which takes an hour on two cores"
     )
 
 
@@ -27,11 +27,11 @@ def pytest_collection_modifyitems(config, items) -> None:
     if not config.getoption('--all-hosts'):
         for item in items:
             if item.get_closest_marker('all_hosts'):
-                item.add_marker(pytest.mark.skip(reason='a large model of timm: walked with --all-hosts'))
+                item.add_marker(pytest.mark.skip(reason='a large model of timm, only tested with --all-hosts'))
 
 
 def pytest_terminal_summary(terminalreporter) -> None:
-    """Say in the summary that the tests of timm's own scripts were not run, which a lone 's' does not."""
+    """Print in the summary why the tests of timm's own scripts were skipped."""
     from stock_scripts import reason_to_skip
 
     skipped = {report.nodeid for report in terminalreporter.stats.get('skipped', []) if 'scripts' in report.nodeid}
@@ -46,7 +46,7 @@ class Python(Protocol):
 
 @pytest.fixture
 def python() -> Python:
-    """Run code in a fresh interpreter: `python(code, *flags, **environment)`; a failure shows its output."""
+    """Run code in a new interpreter: `python(code, *flags, **environment)`. A failure shows its output."""
 
     def run(code: str, *flags: str, **env: str) -> subprocess.CompletedProcess:
         inherited = {k: v for k, v in os.environ.items() if not k.startswith(('TIMM_ATAC', 'TORCH_DEVICE_BACKEND'))}
@@ -65,12 +65,12 @@ def python() -> Python:
 
 @pytest.fixture
 def run_onnx(tmp_path) -> Callable[[nn.Module, torch.Tensor], torch.Tensor]:
-    """Export a module to ONNX and run it there: `run_onnx(module, x)`."""
+    """Export a module to ONNX and run it with ONNX Runtime: `run_onnx(module, x)`."""
     onnxruntime = pytest.importorskip('onnxruntime')
 
     def run(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
         path = str(tmp_path / 'model.onnx')
-        # in PyTorch 2.5 the new exporter cannot do a BatchNorm
+        # PyTorch 2.5's new exporter fails with BatchNorm
         torch.onnx.export(module, (x,), path, dynamo=Version(torch.__version__) >= Version('2.6'))
         session = onnxruntime.InferenceSession(path)
         (y,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
@@ -86,7 +86,7 @@ def _seed() -> None:
 
 @pytest.fixture
 def kernels_as_before(monkeypatch) -> Iterator[None]:
-    """Leaves the switch of the kernels as it was; float32 is multiplied exactly, by all."""
+    """Reset `use_kernels` after the test. Convolutions in float32 do not use TF32."""
     from timm_atac import use_kernels
 
     monkeypatch.setattr(torch.backends.cudnn, 'allow_tf32', False)

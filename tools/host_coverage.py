@@ -1,10 +1,10 @@
-"""Walk through timm's own models and put ATAC into one of each module; writes docs/coverage.md.
+"""Test ATAC in one model of each of timm's modules, and write the results to docs/coverage.md.
 
-    python tools/host_coverage.py               # every module, and the page: an hour on two cores
-    python tools/host_coverage.py levit nfnet   # some modules, printed
+    python tools/host_coverage.py               # all modules; writes the page; an hour on two cores
+    python tools/host_coverage.py levit nfnet   # only prints the rows of these modules
 
-A module's model is its smallest one; the ways in are `act_layer='atac'`, `act_layer=timm_atac.ATAC` and
-`replace_activations`. Nothing here is a list of timm's models, so that new ones are walked the day they appear.
+The model of a module (the host) is its smallest one. It is tested with `act_layer='atac'`, `act_layer=timm_atac.ATAC`
+and `replace_activations`. The modules and models are those of timm's registry, so that new ones are included.
 """
 
 import argparse
@@ -28,37 +28,37 @@ from timm_atac.units.deferred import ChannelModule
 from timm_atac.utils.forward_pass import ForwardError
 
 PAGE = Path(__file__).parent.parent / 'docs' / 'coverage.md'
-BATCH = 4  # SE modules pool to one value a channel, and a BatchNorm of two values has no gradient to speak of
-STEPS = 4  # blocks that begin as the identity have no gradient inside at first
+BATCH = 4  # after an SE module's pooling, BatchNorm has one value per image, and with two values hardly any gradient
+STEPS = 4  # blocks that are the identity at first have no gradient inside in the first step
 NO_ACT_LAYER = 'takes no act_layer'
-_TWICE = r"unexpected keyword argument\W.*'act_layer'|multiple values for .*'act_layer'"
+_REFUSES_ACT_LAYER = r"unexpected keyword argument\W.*'act_layer'|multiple values for .*'act_layer'"
 
 EVERY_MODEL = '## Every model by `act_layer`'
 EVERY_MODEL_HEAD = """
 {title}
 
-Of {models} models, {takes} take `act_layer`. Created and run on the `meta` device, {name} by name and {cls} as a class
-have only units of the width and layout that they meet. These {refused} refuse it:
+Of {models} models, {takes} take `act_layer`. Each was created and run on the `meta` device. In {name} of them by name,
+and in {cls} as a class, every unit has the width and the layout of its input. These {refused} fail:
 
 | model | reason |
 | --- | --- |
 """
 HEAD = """# ATAC in the {modules} model modules of timm {timm}
 
-Written by `python tools/host_coverage.py`, which takes the smallest model of each module; `tests/replace/test_hosts.py`
-compares.
+`python tools/host_coverage.py` writes this page. It tests the smallest model of each module, the host.
+`tests/replace/test_hosts.py` compares the page with the models.
 
-"ok" is: every unit is made for the width and layout that it meets in a forward pass; training moves every one of its
-parameters; a second model that loads the state dict gives the same output. "units" counts them among all activation
-modules of the model; by `act_layer`, the others are those that the host does not make from it. "parameters" are the
-host's and the units'. The shapes of `features_only` are compared with the host's. `se_act` and `nin` are trained where
-there are no tokens, which have no map to pool; "-" is: not there.
+"ok" means: every unit has the width and the layout of its input in a forward pass; training changes every parameter of
+the units; a second model that loads the state dict returns the same output. "units" is their number among all
+activation modules of the host; with `act_layer`, the host does not create the others from it. "parameters" are those of
+the host and those of the units. The shapes of `features_only` are compared with the unchanged host's. `se_act` and
+`nin` are only trained in hosts without tokens, since tokens have no map to pool. "-": nothing to report.
 
 | way | modules |
 | --- | --- |
 | by name, `act_layer='atac'` | {name} |
 | as a class, `act_layer=timm_atac.ATAC` | {cls} |
-| takes `act_layer`, and it cannot work; the reason is below | {refused} |
+| takes `act_layer`, but fails; the reason is below | {refused} |
 | takes no `act_layer` | {without} |
 | `replace_activations` | {fit} |
 | `replace_activations` fails; the reason is below | {fails} |
@@ -72,25 +72,25 @@ Make = Callable[..., Any]
 
 @dataclass(frozen=True)
 class Row:
-    """What came of one way into one model: a line of the page."""
+    """A row of the page: the result of one way to put ATAC into one model."""
 
     module: str
     model: str
-    way: str  # 'name', 'class', 'replace'; '-' for none
-    result: str  # 'ok', or why not
-    units: str = '-'  # of so many activation modules
-    parameters: str = '-'  # the host's and the units'
-    layouts: str = '-'  # that the units met
-    features: str = '-'  # features_only; '-' where the host has none
-    se_act: str = '-'  # '-' where there are tokens, which have no map to pool
-    nin: str = '-'
+    way: str  # 'name', 'class' or 'replace'; '-' if none works
+    result: str  # 'ok' or the reason
+    units: str = '-'  # number of units, and of all activation modules
+    parameters: str = '-'  # of the host and of the units
+    layouts: str = '-'  # layouts of the units' inputs
+    features: str = '-'  # result of features_only; '-' if the host does not have it
+    se_act: str = '-'  # result of training; '-' for tokens, which have no map to pool
+    nin: str = '-'  # the same
 
     def __str__(self) -> str:
         return '| ' + ' | '.join(str(value) for value in vars(self).values()) + ' |'
 
 
 class Failure(Exception):
-    """What a host cannot do with units in it."""
+    """A host with units does not work."""
 
 
 def host_modules() -> list[str]:
@@ -99,7 +99,7 @@ def host_modules() -> list[str]:
 
 @cache
 def by_size(module: str) -> list[str]:
-    """The models of a module, the one with the fewest parameters first."""
+    """Return the names of a module's models, sorted by their number of parameters."""
     counts = {}
     for name in timm.list_models(module=module):
         with torch.device('meta'):
@@ -108,7 +108,7 @@ def by_size(module: str) -> list[str]:
 
 
 def by_act_layer(module: str, model: str | None = None) -> Row:
-    """Put ATAC in by name or else as a class; into `model`, or else the smallest model that has the argument."""
+    """Test `act_layer` by name, then as a class, with `model` or the smallest model that takes the argument."""
     names = [model] if model else by_size(module)
     name = next((name for name in names if takes_act_layer(name)), None)
     if name is None:
@@ -124,7 +124,7 @@ def by_act_layer(module: str, model: str | None = None) -> Row:
 
 
 def by_replacing(module: str, model: str | None = None) -> Row:
-    """Put ATAC in the place of what is there; into `model`, or else the smallest model."""
+    """Test `replace_activations` with `model` or the smallest model."""
     name = model or by_size(module)[0]
 
     def make(act: str, **kwargs) -> nn.Module:
@@ -137,12 +137,12 @@ def by_replacing(module: str, model: str | None = None) -> Row:
 
 
 def takes_act_layer(name: str) -> bool:
-    """Whether a model takes the argument at all: another error counts as yes, and shows later."""
+    """True unless the model refuses the argument `act_layer`. Other errors are found later."""
     try:
         with torch.device('meta'):
             timm.create_model(name, act_layer=nn.ReLU)
     except TypeError as error:
-        return re.search(_TWICE, str(error)) is None
+        return re.search(_REFUSES_ACT_LAYER, str(error)) is None
     except Exception:
         return True
     return True
@@ -151,13 +151,13 @@ def takes_act_layer(name: str) -> bool:
 def _row(module: str, name: str, way: str, make: Make, se_act: Make, nin: Make) -> Row:
     torch.manual_seed(0)
     try:
-        x = image(name)
+        x = sample_input(name)
         model = make()
-        layouts = executed(model, x)
-        result = 'ok' + step(model, x)
-        same_after_loading(model, make(), x)
+        layouts = input_layouts(model, x)
+        result = 'ok' + train_units(model, x)
+        check_state_dict(model, make(), x)
     except Exception as error:
-        return Row(module, name, way, reason(error))
+        return Row(module, name, way, describe_error(error))
     inside = {m for unit in units(model) for m in unit.modules()}
     left = sum(is_activation(m) and m not in inside for m in model.modules())
     count = len(units(model))
@@ -173,9 +173,9 @@ def _row(module: str, name: str, way: str, make: Make, se_act: Make, nin: Make) 
         f'{count} of {count + left}' + (f', {shared} shared' if shared else ''),
         f'{others / 1e6:.2f} M + {added / 1e6:.2f} M',
         ' '.join(sorted(layouts)),
-        features(name, make),
-        trains(se_act, x) if spatial else '-',
-        trains(nin, x) if spatial else '-',
+        check_features(name, make),
+        try_training(se_act, x) if spatial else '-',
+        try_training(nin, x) if spatial else '-',
     )
 
 
@@ -183,71 +183,71 @@ def units(model: nn.Module) -> list[ChannelModule]:
     return [m for m in model.modules() if isinstance(m, ChannelModule)]
 
 
-def executed(model: nn.Module, x: torch.Tensor) -> set[str]:
-    """The layouts that the units meet in a forward pass.
+def input_layouts(model: nn.Module, x: torch.Tensor) -> set[str]:
+    """Return the layouts of the units' inputs in a forward pass.
 
     Raises:
-        Failure: There is no unit, or one is made for another width or layout than it meets.
+        Failure: The model has no unit, or a unit is for another width or layout than that of its input.
     """
-    watch: set[nn.Module] = set(units(model))
-    if not watch:
-        raise Failure('takes act_layer and has no activation of it')
+    traced: set[nn.Module] = set(units(model))
+    if not traced:
+        raise Failure('takes act_layer but creates no activation from it')
     layouts = set()
-    for invocation, call in trace(model, (x,), watch).calls():
+    for invocation, call in trace(model, (x,), traced).calls():
         unit = call.activation
         if isinstance(unit, ChannelModule):
             if call.width is None:
-                raise Failure(f'{type(invocation.module).__name__} gives a unit {call.shape}: which are the channels?')
+                raise Failure(f'{type(invocation.module).__name__} calls a unit with {call.shape}, of unknown layout')
             channels, input_fmt = call.width
             last = [fmt in ('NHWC', 'NLC') for fmt in (input_fmt, unit.input_fmt)]
             if channels != unit.channels or (last[0] != last[1] and len(call.shape) > 2):
-                raise Failure(f'{channels} channels in {input_fmt} meet a unit for {unit.channels} in {unit.input_fmt}')
+                raise Failure(f'a unit for {unit.channels} channels in {unit.input_fmt} gets {channels} in {input_fmt}')
             layouts.add(input_fmt)
     return layouts
 
 
-def step(model: nn.Module, x: torch.Tensor) -> str:
-    """Train until every parameter of every unit has moved.
+def train_units(model: nn.Module, x: torch.Tensor) -> str:
+    """Train until every parameter of every unit has changed.
 
     Returns:
-        '', or how many units have a reason not to: the host gives them a constant.
+        '', or the number of units that cannot change because the host gives them a constant input.
 
     Raises:
-        Failure: Parameters have not moved after `STEPS` steps.
+        Failure: Parameters of other units have not changed after `STEPS` steps.
     """
     model.train()
     start = {k: p.detach().clone() for k, p in unit_parameters(model)}
-    # steps of one size, however small the gradient, with one state a parameter: the largest model has 412 M of them
+    # RMSprop's steps do not depend on the size of the gradient, and it has one state per parameter, of up to 412 M
     optimizer = torch.optim.RMSprop(model.parameters(), lr=1e-3, alpha=0.0, eps=1e-30)
     with torch.no_grad():
         target = torch.randn_like(output(model, x))
-    still: list[str] = []
+    unchanged: list[str] = []
     for _ in range(STEPS):
         (output(model, x) - target).square().mean().backward()
         optimizer.step()
         model.zero_grad()
-        still = [k for k, p in unit_parameters(model) if torch.equal(p, start[k])]
-        if not still:
+        unchanged = [k for k, p in unit_parameters(model) if torch.equal(p, start[k])]
+        if not unchanged:
             return ''
     constant = with_constant_input(model, x)
-    moving = [k for k in still if not k.startswith(tuple(f'{name}.' for name in constant))]
-    why = f'the host gives {len(constant)} units a constant'
-    if moving:
+    unexplained = [k for k in unchanged if not k.startswith(tuple(f'{name}.' for name in constant))]
+    why = f'{len(constant)} units get a constant input'
+    if unexplained:
         also = f'; {why}' if constant else ''
-        raise Failure(f'{len(moving)} of {len(start)} parameters of units do not move{also}: {moving[:3]}')
+        raise Failure(f'{len(unexplained)} of {len(start)} parameters of units do not change{also}: {unexplained[:3]}')
     return f'; {why}'
 
 
 def with_constant_input(model: nn.Module, x: torch.Tensor) -> list[str]:
-    """Names of the units whose input is the same at every position of every image."""
+    """Return the names of the units whose input is the same at every position of every image."""
     names = {unit: name for name, unit in model.named_modules() if isinstance(unit, ChannelModule)}
     varies: Counter[str] = Counter()
 
-    def watch(unit: ChannelModule, args: tuple) -> None:
+    def compare(unit: ChannelModule, args: tuple) -> None:
         rows = args[0].detach().transpose(1 if unit.input_fmt in ('NCHW', 'NCL') else -1, -1).flatten(0, -2)
         varies[names[unit]] += int((rows - rows[:1]).abs().max() > 1e-6)
 
-    handles = [unit.register_forward_pre_hook(watch) for unit in names]
+    handles = [unit.register_forward_pre_hook(compare) for unit in names]
     with torch.no_grad():
         model(x)
     for handle in handles:
@@ -255,19 +255,19 @@ def with_constant_input(model: nn.Module, x: torch.Tensor) -> list[str]:
     return [name for name, count in varies.items() if not count]
 
 
-def same_after_loading(model: nn.Module, again: nn.Module, x: torch.Tensor) -> None:
-    """Raises `Failure` if `again` is another model with the state dict of `model`."""
-    again.load_state_dict(model.state_dict())
+def check_state_dict(model: nn.Module, other: nn.Module, x: torch.Tensor) -> None:
+    """Load the state dict of `model` into `other`, and raise `Failure` if their outputs differ."""
+    other.load_state_dict(model.state_dict())
     with torch.no_grad():
-        if not torch.allclose(output(again.eval(), x), output(model.eval(), x), rtol=1e-4, atol=1e-5):
-            raise Failure('another output after a state-dict round trip')
+        if not torch.allclose(output(other.eval(), x), output(model.eval(), x), rtol=1e-4, atol=1e-5):
+            raise Failure('the output differs after loading the state dict')
 
 
-def trains(make: Make, x: torch.Tensor) -> str:
+def try_training(make: Make, x: torch.Tensor) -> str:
     try:
-        return 'ok' + step(make(), x)
+        return 'ok' + train_units(make(), x)
     except Exception as error:
-        return reason(error)
+        return describe_error(error)
 
 
 def unit_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -276,8 +276,11 @@ def unit_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
             yield from ((f'{name}.{k}', p) for k, p in unit.named_parameters())
 
 
-def image(name: str) -> torch.Tensor:
-    """A batch of noise, of the first of a few small sizes that the model can do: patches and windows must divide it."""
+def sample_input(name: str) -> torch.Tensor:
+    """Return a random batch in the first of a few small sizes that the model accepts.
+
+    Patches and windows must divide the size.
+    """
     cfg: Any = timm.get_pretrained_cfg(name)
     channels, *size = cfg.input_size
     for small in () if cfg.fixed_input_size else (128, 112, 192):
@@ -296,29 +299,29 @@ def output(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return torch.cat([t.flatten(1) for t in (y if isinstance(y, (tuple, list)) else [y])], 1)
 
 
-def features(name: str, make: Make) -> str:
+def check_features(name: str, make: Make) -> str:
     try:
         host = timm.create_model(name, features_only=True)
     except Exception:
         return '-'
-    x = image(name)
+    x = sample_input(name)
     try:
         with torch.no_grad():
             shapes = [f.shape for f in make(features_only=True)(x)]
             return 'ok' if shapes == [f.shape for f in host(x)] else f'{shapes}'
     except Exception as error:
-        return reason(error)
+        return describe_error(error)
 
 
-def reason(error: BaseException) -> str:
+def describe_error(error: BaseException) -> str:
     if isinstance(error, ForwardError) and error.__cause__ is not None:
-        error = error.__cause__  # what the model raised itself
+        error = error.__cause__  # the exception that the model raised
     text = str(error) if isinstance(error, Failure) else f'{type(error).__name__}: {error}'
     return re.sub(r'\s+', ' ', text).replace('|', '/')
 
 
-def widths(name: str) -> tuple[str, str, str]:
-    """Check a model's units for their widths alone, on meta: name of the model, way in, and 'ok' or why not."""
+def check_widths(name: str) -> tuple[str, str, str]:
+    """Check the widths of a model's units on the meta device. Return its name, the way, and 'ok' or the reason."""
     if not takes_act_layer(name):
         return name, '-', NO_ACT_LAYER
     x = torch.zeros(2, *timm.get_pretrained_cfg(name).input_size, device='meta')  # type: ignore[union-attr]
@@ -327,10 +330,10 @@ def widths(name: str) -> tuple[str, str, str]:
         try:
             with torch.device('meta'):
                 model = timm.create_model(name, act_layer=act)
-            executed(model, x)
+            input_layouts(model, x)
             return name, way, 'ok'
         except Exception as error:
-            result = result or reason(error)
+            result = result or describe_error(error)
     return name, '-', result
 
 
@@ -340,22 +343,22 @@ def _call(job: tuple[Callable[[str], Any], str]) -> Any:
     return function(name)
 
 
-def walk(modules: Iterable[str], workers: int) -> Iterator[Row]:
-    """The rows of all modules by `act_layer`, then those by replacement."""
+def all_rows(modules: Iterable[str], workers: int) -> Iterator[Row]:
+    """Yield the rows of all modules with `act_layer`, then those with `replace_activations`."""
     modules = list(modules)
     with ProcessPoolExecutor(workers) as pool:
         yield from pool.map(_call, [(way, module) for way in (by_act_layer, by_replacing) for module in modules])
 
 
 def all_models(workers: int) -> list[tuple[str, str, str]]:
-    """`widths` of every model."""
+    """Return `check_widths` of every model."""
     names = [name for module in host_modules() for name in timm.list_models(module=module)]
     with ProcessPoolExecutor(workers) as pool:
-        return list(pool.map(_call, [(widths, name) for name in names]))
+        return list(pool.map(_call, [(check_widths, name) for name in names]))
 
 
 def all_models_text(models: list[tuple[str, str, str]]) -> str:
-    """The section of the page about every model."""
+    """Return the last section of the page."""
     ways = Counter(way for _, way, result in models if result == 'ok')
     refused = [(name, result) for name, _, result in models if result not in ('ok', NO_ACT_LAYER)]
     text = EVERY_MODEL_HEAD.format(
@@ -369,8 +372,8 @@ def all_models_text(models: list[tuple[str, str, str]]) -> str:
     return text + ''.join(f'| {name} | {result} |\n' for name, result in refused)
 
 
-def page(rows: list[Row]) -> str:
-    """The text of docs/coverage.md, but for its last section."""
+def page_text(rows: list[Row], version: str = timm.__version__) -> str:
+    """Return the text of docs/coverage.md without its last section."""
     named, replaced = rows[: len(rows) // 2], rows[len(rows) // 2 :]
     ways = Counter(row.way for row in named)
     without = [row for row in named if row.way == '-' and row.result == NO_ACT_LAYER]
@@ -380,7 +383,7 @@ def page(rows: list[Row]) -> str:
     layouts = Counter(layout for row in fit for layout in row.layouts.split())
     text = HEAD.format(
         modules=len(named),
-        timm=timm.__version__,
+        timm=version,
         name=ways['name'],
         cls=ways['class'],
         refused=len(refused),
@@ -399,14 +402,14 @@ def page(rows: list[Row]) -> str:
 
 if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('modules', nargs='*', help='modules of timm; none for all of them and the page')
-    parser.add_argument('--workers', type=int, default=2)
+    parser.add_argument('modules', nargs='*', help='modules of timm (default: all of them, and the page is written)')
+    parser.add_argument('--workers', type=int, default=2, help='number of processes (default: 2)')
     args = parser.parse_args()
     rows = []
-    for row in walk(args.modules or host_modules(), args.workers):
+    for row in all_rows(args.modules or host_modules(), args.workers):
         print(row, flush=True)
         rows.append(row)
     if not args.modules:
         PAGE.parent.mkdir(exist_ok=True)
-        PAGE.write_text(page(rows) + all_models_text(all_models(args.workers)))
+        PAGE.write_text(page_text(rows) + all_models_text(all_models(args.workers)))
         print(f'Wrote {PAGE}')

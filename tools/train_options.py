@@ -1,12 +1,12 @@
 #!/usr/bin/env python
-"""The options of timm's train.py, read from its parser, as data that recipes are checked against.
+"""Write the options of timm's train.py to tests/data/train_options.json, which the tests compare with the recipes.
 
-`train.py --config FILE` sets defaults: it takes any key, and checks neither type nor choices. So the tests check the
-recipes, without train.py at hand. Add timm's newer versions, each from a checkout of its tag:
+`train.py --config FILE` accepts any key, and checks neither types nor choices. The tests check them instead, and do not
+need train.py. The file only has the versions that are given, each as a checkout of its tag:
 
     python tools/train_options.py ~/timm-1.0.21 ~/timm-1.0.22 ...
 
-Only the versions given are written, oldest first. The file says what changed between them.
+An option that changed between the versions has an entry for each range of versions.
 """
 
 import json
@@ -23,37 +23,40 @@ from packaging.version import Version
 DATA = Path(__file__).parents[1] / 'tests' / 'data' / 'train_options.json'
 SOURCE = 'train.py of https://github.com/huggingface/pytorch-image-models at v<version>; 1.0.29.dev0: commit aa4b585'
 
-# default, and where they are not argparse's own: kind, type, nargs, choices; in the file also since and until
+# default; kind, type, nargs and choices if they differ from argparse's defaults; in the file also since and until
 Option = dict[str, Any]
 Options = dict[str, Option]
 KINDS: dict[str, tuple[type, str]] = {'store_true': (bool, 'true or false'), 'ParseKwargs': (dict, 'a mapping')}
 
-# Runs in a process of its own, since train.py imports what it finds, in the checkout, whose timm is then its own.
+# It runs in a new process in the checkout, where train.py imports the checkout's timm.
 READ = """
 import importlib.util, json
 spec = importlib.util.spec_from_file_location('train', 'train.py')
 train = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(train)
-facts = {}
+options = {}
 for action in train.parser._actions:
     kind = {'_StoreAction': None, '_StoreTrueAction': 'store_true'}.get(type(action).__name__, type(action).__name__)
-    facts[action.dest] = dict(
+    options[action.dest] = dict(
         kind=kind,
         type=action.type and action.type.__name__,
         nargs=action.nargs if kind is None else None,
         choices=action.choices and list(action.choices),
         default=action.default,
     )
-facts.pop('help')
-print('OPTIONS', json.dumps(facts))
+options.pop('help')
+print('OPTIONS', json.dumps(options))
 """
 
 
 def read_options(checkout: Path) -> Options:
-    """What the parser of `checkout`/train.py takes, by the names that a configuration file uses.
+    """Return the options of `checkout`/train.py by the names that a configuration file uses.
 
     Args:
-        checkout: Folder with train.py; with timm's sources beside it these are imported, else the installed timm.
+        checkout: Folder with train.py. If it contains the package timm, train.py imports that, else the installed timm.
+
+    Raises:
+        RuntimeError: train.py cannot be imported.
     """
     env = {**os.environ, 'TIMM_ATAC_DISABLE': '1', 'PYTHONDONTWRITEBYTECODE': '1'}
     result = subprocess.run([sys.executable, '-c', READ], cwd=checkout, env=env, capture_output=True, text=True)
@@ -61,18 +64,22 @@ def read_options(checkout: Path) -> Options:
     if printed is None:
         raise RuntimeError(f'{checkout}: expected a folder whose train.py can be imported, but:\n{result.stderr}')
     return {
-        dest: {name: fact for name, fact in option.items() if name == 'default' or fact is not None}
+        dest: {key: value for key, value in option.items() if key == 'default' or value is not None}
         for dest, option in json.loads(printed[1]).items()
     }
 
 
 def version_of(checkout: Path) -> str:
-    """Version of the timm that lies in a checkout."""
+    """Return the version of the package timm in a checkout."""
     return re.findall(r"__version__ = '(.*)'", (checkout / 'timm' / 'version.py').read_text())[0]
 
 
 def merge(by_version: Mapping[str, Options]) -> dict[str, list[Option]]:
-    """The options of several versions, oldest first, by name, and what they were since and until which version."""
+    """Return the variants of each option, with the range of versions that has them.
+
+    Args:
+        by_version: The options of each version, oldest first.
+    """
     versions = list(by_version)
     merged: dict[str, list[Option]] = {}
     for dest in sorted({dest for options in by_version.values() for dest in options}):
@@ -92,7 +99,7 @@ def _range(run: Sequence[str], versions: Sequence[str]) -> dict[str, str]:
 
 
 def dump(by_version: Mapping[str, Options]) -> str:
-    """The file's text: an option a line."""
+    """Return the text of the file, with one option per line."""
     lines = [f'  {json.dumps(dest)}: {json.dumps(variants)}' for dest, variants in merge(by_version).items()]
     return (
         f'{{\n "source": {json.dumps(SOURCE)},\n "versions": {json.dumps(list(by_version))},\n'
@@ -101,15 +108,15 @@ def dump(by_version: Mapping[str, Options]) -> str:
 
 
 def known_versions() -> list[str]:
-    """The versions in the file, oldest first."""
+    """Return the versions in the file, oldest first."""
     return json.loads(DATA.read_text())['versions']
 
 
 def nearest(version: str) -> str:
-    """The known version to check `version` against: itself, or the newest if it is newer than all of them.
+    """Return `version` if it is in the file, or the newest version of the file if `version` is newer.
 
     Raises:
-        ValueError: An older version, or one between two known ones.
+        ValueError: `version` is not in the file, and older than its newest version.
     """
     known = known_versions()
     if version in known:
@@ -120,7 +127,7 @@ def nearest(version: str) -> str:
 
 
 def load_options(version: str) -> Options:
-    """The options of a known version."""
+    """Return the options of a version in the file."""
     data = json.loads(DATA.read_text())
     index = data['versions'].index
     found: Options = {}
@@ -133,7 +140,7 @@ def load_options(version: str) -> Options:
 
 
 def problems(recipe: Mapping[str, Any], options: Options) -> list[str]:
-    """What is wrong with a recipe, a line each: keys that train.py lacks, values that its command line would refuse."""
+    """Return one line per key that train.py does not have, and per value that its command line would refuse."""
     return [problem for key, value in recipe.items() if (problem := _problem(key, value, options.get(key)))]
 
 
@@ -157,7 +164,7 @@ def _fits(value: Any, option: Option) -> bool:
 
 
 def _is_a(value: Any, type_name: str) -> bool:
-    # strings are no numbers here, although argparse converts them: `1e-4` is a string in YAML, `1.0e-4` a number
+    # argparse would convert a string to a number, but --config does not; in YAML, `1e-4` is a string, `1.0e-4` a number
     if type_name == 'float':
         return isinstance(value, (int, float)) and not isinstance(value, bool)
     return type(value).__name__ == type_name

@@ -1,8 +1,9 @@
-"""scikit-learn's digits, 1,797 real scans of 8x8, as a data set, and as a folder of images for timm's scripts.
+#!/usr/bin/env python
+"""Write scikit-learn's digits, 1,797 real scans of 8x8, as a folder of images for timm's train.py and validate.py.
 
     python train_scripts/digits.py OUT_DIR
 
-writes that folder, the --data-dir of train.py and validate.py.
+The images are OUT_DIR/train/0/*.png ... OUT_DIR/val/9/*.png. OUT_DIR is the --data-dir of timm's scripts.
 """
 
 import argparse
@@ -16,10 +17,10 @@ from timm_atac._files import new_folder
 
 
 def write_image_folder(folder: Path) -> None:
-    """Write the digits as folder/train/0/0001.png ... folder/val/9/0797.png, 8x8 in grey: complete or not at all.
+    """Write the digits as folder/train/0/0001.png ... folder/val/9/0797.png, 8x8 in grey. An error leaves no files.
 
     Raises:
-        FileExistsError: There is something at `folder`, and it is no empty folder.
+        FileExistsError: `folder` exists and is not an empty folder.
     """
     with new_folder(folder) as new:
         for split, (images, labels) in zip(('train', 'val'), load_digits(8), strict=True):
@@ -30,17 +31,14 @@ def write_image_folder(folder: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description="Write scikit-learn's digits as a folder of images, OUT_DIR/train/0/*.png ... OUT_DIR/val/9/*.png, "
-        "which is the --data-dir of timm's train.py and validate.py.",
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('folder', type=Path, metavar='OUT_DIR', help='a new folder, or an empty one')
     args = parser.parse_args(argv)
     try:
         write_image_folder(args.folder)
     except OSError as error:
         parser.error(str(error))
-    print(f"{args.folder}: scikit-learn's digits, {NUM_TRAIN} to train and the rest to validate")
+    print(f"{args.folder}: scikit-learn's digits, {NUM_TRAIN} images for training, the others for validation")
 
 
 if __name__ == '__main__':

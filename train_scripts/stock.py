@@ -1,22 +1,22 @@
 #!/usr/bin/env python
-"""Run one of timm's own scripts, those of the installed version of timm.
+"""Run one of timm's own scripts with the installed version of timm.
 
     python train_scripts/stock.py train.py --model atac_resnet50 --data-dir DIR
     python train_scripts/stock.py torchrun --nproc-per-node 2 train.py --model atac_resnet50 --data-dir DIR
     torchrun --nproc-per-node 2 train_scripts/stock.py train.py --model atac_resnet50 --data-dir DIR
     python train_scripts/stock.py --where
 
-Any script at the top of timm's repository will do: validate.py, benchmark.py, inference.py, onnx_export.py... It runs
-where it is, unchanged, with the arguments after its name, and its exit code is the command's. The options of torchrun
-itself stand before the script. The second and the third line do the same.
+It runs every script in the top folder of timm's repository, such as validate.py, benchmark.py or onnx_export.py. The
+script is unchanged and gets the arguments after its name. Its exit status is the exit status of this command. Options
+of torchrun come before the script. The second and the third command do the same.
 
-timm's package has no scripts in it. They are taken from the first of these, which --where prints:
+timm's package does not contain the scripts. They are taken from the first of these sources, which --where prints:
 
-    TIMM_SCRIPTS    an environment variable: a checkout of timm, or a folder with its scripts
+    TIMM_SCRIPTS    this environment variable: a checkout of timm, or a folder with its scripts
     a cache         timm_atac/timm-scripts-VERSION in $XDG_CACHE_HOME, or in ~/.cache
-    a download      of the tag of the installed version from GitHub, once, into that cache
+    a download      from GitHub, of the tag of the installed version, into that cache
 
-A checkout that holds the package timm as well runs with that package, as Python prefers what lies beside a script.
+A script in a checkout that also has the package timm runs with that package, since Python imports it first.
 """
 
 import contextlib
@@ -37,19 +37,19 @@ from timm_atac._files import new_folder
 REPOSITORY = 'https://github.com/huggingface/pytorch-image-models'
 ARCHIVE = REPOSITORY + '/archive/refs/tags/v{version}.zip'
 VERSION_FILE = 'timm/version.py'
-NO_SCRIPTS = ('hubconf.py', 'setup.py')  # beside the scripts, but not to be run
-TIMEOUT = 60  # seconds without a byte
+NO_SCRIPTS = ('hubconf.py', 'setup.py')  # in the same folder, but not scripts
+TIMEOUT = 60  # seconds without a received byte
 
 
 class StockError(Exception):
-    """What the user has to know, in one line."""
+    """An error whose message is one line for the user."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Become the script that the arguments ask for, or print what they ask for.
+    """Replace this process by the script that the arguments name, or print the help or the folder of the scripts.
 
     Raises:
-        SystemExit: There is nothing to run: with the reason, if that is an error.
+        SystemExit: The script cannot be run; with the reason.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     if argv[:1] in (['-h'], ['--help']):
@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(folder)
             return
         arguments = command(argv, folder)
-        note_other_timm(folder)
+        warn_of_other_timm(folder)
     except StockError as error:
         sys.exit(f'stock.py: {error}')
     sys.stdout.flush()
@@ -71,10 +71,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def command(argv: Sequence[str], folder: Path) -> list[str]:
-    """What Python has to run: a script of the folder, or PyTorch's launcher with one.
+    """Return Python's arguments: a script of the folder, or torchrun with a script.
 
     Raises:
-        StockError: No argument names a script, or not the first one.
+        StockError: The first argument is not a script, or no argument after torchrun is one.
     """
     scripts = sorted(path.name for path in folder.glob('*.py') if path.name not in NO_SCRIPTS)
     launched = argv[0] == 'torchrun'
@@ -82,29 +82,29 @@ def command(argv: Sequence[str], folder: Path) -> list[str]:
     script = next((name for name in candidates if name in scripts), None)
     if script is None:
         given = ', '.join(map(repr, candidates)) or 'nothing'
-        raise StockError(f'expected a script of {folder}, got {given}; there are: {", ".join(scripts) or "none"}')
+        raise StockError(f'expected a script of {folder}, got {given}; it has: {", ".join(scripts) or "none"}')
     at = argv.index(script)
     launcher = ['-m', 'torch.distributed.run', *argv[1:at]] if launched else []
     return [*launcher, str(folder / script), *argv[at + 1 :]]
 
 
 def python_options() -> list[str]:
-    """The options that Python itself was started with, such as the -u of torchrun's processes."""
+    """Return the options that Python was started with, such as the -u of torchrun's processes."""
     options = sys.orig_argv[1 : -len(sys.argv)]
     return options[:-1] if options[-1:] == ['-m'] else options
 
 
 def scripts_folder() -> Path:
-    """Where the scripts are, after a download if need be.
+    """Return the folder of the scripts. They are downloaded if necessary.
 
     Raises:
-        StockError: They are not there, and why.
+        StockError: TIMM_SCRIPTS is not a folder, or the download failed.
     """
     given = os.environ.get('TIMM_SCRIPTS')
     if given:
         folder = Path(given).expanduser().absolute()
         if not folder.is_dir():
-            raise StockError(f'TIMM_SCRIPTS={given} is no folder; give a checkout of {REPOSITORY}')
+            raise StockError(f'TIMM_SCRIPTS={given} is not a folder; give a checkout of {REPOSITORY}')
         return folder
     version = installed_version()
     folder = cache_folder(version)
@@ -114,29 +114,29 @@ def scripts_folder() -> Path:
 
 
 def cache_folder(version: str) -> Path:
-    """Where a download of this version of timm is kept."""
+    """Return the folder that the scripts of this version of timm are downloaded to."""
     cache = Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache').expanduser().absolute()
     return cache / 'timm_atac' / f'timm-scripts-{version}'
 
 
 def installed_version() -> str:
-    """The version of the timm that a script would import.
+    """Return the version of the timm that a script would import.
 
-    It is read from the package's file, not from its metadata: those of a timm that is hidden by one on PYTHONPATH are
-    still found. Nothing is imported, which would take seconds.
+    It is read from the package's file. The metadata may belong to another timm, which one on PYTHONPATH hides. timm is
+    not imported, since that takes seconds.
 
     Raises:
-        StockError: There is no timm.
+        StockError: timm is not installed.
     """
     spec = importlib.util.find_spec('timm')
-    version = None if spec is None or spec.origin is None else version_beside(Path(spec.origin).parents[1])
+    version = None if spec is None or spec.origin is None else version_in(Path(spec.origin).parents[1])
     if version is None:
-        raise StockError(f'there is no timm in {sys.executable}; install it by `pip install timm`')
+        raise StockError(f'timm is not installed for {sys.executable}; install it by `pip install timm`')
     return version
 
 
-def version_beside(folder: Path) -> str | None:
-    """The version of the package timm in a folder, if it has one."""
+def version_in(folder: Path) -> str | None:
+    """Return the version of the package timm in a folder; None if the folder does not have the package."""
     file = folder / VERSION_FILE
     return parse_version(file.read_text(encoding='utf-8')) if file.is_file() else None
 
@@ -146,63 +146,67 @@ def parse_version(text: str) -> str | None:
     return found and found[1]
 
 
-def note_other_timm(folder: Path) -> None:
-    """Say that a checkout brings its own package, as far as that is another one; once, not in every process."""
-    beside = version_beside(folder)
-    if beside is None or os.environ.get('LOCAL_RANK', '0') != '0':
+def warn_of_other_timm(folder: Path) -> None:
+    """Print a note if the folder has another version of timm than the installed one; only in the first process."""
+    own = version_in(folder)
+    if own is None or os.environ.get('LOCAL_RANK', '0') != '0':
         return
     installed = installed_version()
-    if beside != installed:
-        note = f'{folder} has a timm of its own: {beside} runs, not the installed {installed}'
-        print(f'stock.py: {note}', file=sys.stderr)
+    if own != installed:
+        print(f'stock.py: {folder} contains timm {own}; it runs instead of the installed {installed}', file=sys.stderr)
 
 
 def download(version: str, folder: Path) -> None:
-    """Fill the folder with timm's scripts of a version, or leave nothing.
+    """Download the scripts of a version of timm into a new folder. An error leaves no folder.
 
     Raises:
-        StockError: It could not be done: what was tried, why it failed, and what to do instead.
+        StockError: The download failed. The message has the URL, the reason and what to do instead.
     """
     url = ARCHIVE.format(version=version)
     remedy = (
         f'git clone --depth 1 --branch v{version} {REPOSITORY}, and `export TIMM_SCRIPTS=$PWD/pytorch-image-models`'
     )
     if not re.fullmatch(r'[\d.]+', version):
-        raise StockError(f'timm {version} is no release; set TIMM_SCRIPTS to the checkout that it comes from')
+        raise StockError(
+            f'timm {version} is not a release; set TIMM_SCRIPTS to the checkout that it was installed from'
+        )
     print(f'stock.py: downloading {url} to {folder}', file=sys.stderr)
     try:
-        with _stoppable(), new_folder(folder) as new, tempfile.TemporaryDirectory() as temporary:
-            from torch.hub import download_url_to_file  # late: it takes a second, and mostly there is no download
+        with _timeout_and_sigterm(), new_folder(folder) as new, tempfile.TemporaryDirectory() as temporary:
+            from torch.hub import download_url_to_file  # not at the top: it takes a second, and is rarely needed
 
             archive = Path(temporary) / 'timm.zip'
             download_url_to_file(url, str(archive), progress=sys.stderr.isatty())
             _unpack(archive, new, version)
-    except Exception as error:  # of network, server, archive and disk; the way out is the same
+    except Exception as error:  # network, server, archive or disk: the remedy is the same
         if isinstance(error, HTTPError):
             error.close()
-        if not (folder / 'train.py').is_file():  # else another process was faster
+        if not (folder / 'train.py').is_file():  # else another process has downloaded them
             reason = ' '.join(f'{type(error).__name__}: {error}'.split())
             raise StockError(f'could not download {url} to {folder}: {reason}. Do {remedy}') from error
 
 
 def _unpack(archive: Path, folder: Path, version: str) -> None:
-    """The scripts alone: with timm's package beside them, they would run that instead of the installed one."""
+    """Unpack the scripts without timm's package, which they would import instead of the installed one."""
     with zipfile.ZipFile(archive) as file:
-        members = {name.partition('/')[2]: name for name in file.namelist()}  # all is in one folder
+        members = {name.partition('/')[2]: name for name in file.namelist()}  # without the top folder
         missing = sorted({'train.py', VERSION_FILE} - members.keys())
         if missing:
             raise StockError(f'the archive lacks {" and ".join(missing)}')
         found = parse_version(file.read(members[VERSION_FILE]).decode())
         if found != version:
-            raise StockError(f'the archive is of timm {found}')
+            raise StockError(f'the archive contains timm {found}')
         for name, member in members.items():
             if name.endswith('.py') and '/' not in name:
                 (folder / name).write_bytes(file.read(member))
 
 
 @contextlib.contextmanager
-def _stoppable() -> Iterator[None]:
-    """A silent server is an error, and what torchrun sends to stop its processes ends this one with the folder gone."""
+def _timeout_and_sigterm() -> Iterator[None]:
+    """Raise an error if the server does not answer, and exit on SIGTERM, so that an unfinished folder is removed.
+
+    torchrun stops its processes with SIGTERM.
+    """
     timeout = socket.getdefaulttimeout()
     handler = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     socket.setdefaulttimeout(TIMEOUT)

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
-"""The paper's tables and figures from the rows that `ablation.py` has written, next to what the authors report.
+"""Print the paper's tables from the CSV files of `ablation.py`, with the figures that the authors report.
 
-Prints Markdown, and writes it with the plots where that is asked for:
+The tables are in Markdown. --output also writes them and the plots to a folder.
 
     python train_scripts/tables.py results/ablation/ablation.csv --output results/ablation-tables
     python train_scripts/tables.py --imagenet
@@ -13,18 +13,22 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ablations.store import StoreError, read_rows
-from ablations.tables import imagenet_table, merge, tables, write
+from ablations.table4 import imagenet_table
+from ablations.tables import all_tables, first_rows, write_tables
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('csv', nargs='*', type=Path, metavar='CSV', help='files that ablation.py has written')
-    parser.add_argument(
-        '--output', type=Path, metavar='DIR', help='also write tables.md and the plots, into this folder'
-    )
-    parser.add_argument('--imagenet', action='store_true', help='Table 4 as well, from the registry')
+    parser.add_argument('csv', nargs='*', type=Path, metavar='CSV', help='CSV files that ablation.py wrote')
+    parser.add_argument('--output', type=Path, metavar='DIR', help='write tables.md and the plots to this folder')
+    parser.add_argument('--imagenet', action='store_true', help='also print Table 4, of the registered networks')
     timed = parser.add_argument_group('latency in Table 4')
-    timed.add_argument('--rounds', type=int, default=5, help='forward passes of each network; 0: none (default: 5)')
+    timed.add_argument(
+        '--rounds',
+        type=int,
+        default=5,
+        help='timed forward passes of each network; 0 leaves the latency out (default: 5)',
+    )
     timed.add_argument('--device', default='cpu', help='default: cpu')
     timed.add_argument('--batch-size', type=int, default=1, help='default: 1')
     args = parser.parse_args(argv)
@@ -33,17 +37,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not args.csv and not args.imagenet:
         parser.error('nothing to do: give CSV files, or --imagenet')
     try:
-        rows = merge([row for path in args.csv for row in read_rows(path)])
+        rows = first_rows([row for path in args.csv for row in read_rows(path)])
         if args.csv and not rows:
-            parser.error(f'no rows in {", ".join(map(str, args.csv))}')
+            parser.error(f'there are no rows in {", ".join(map(str, args.csv))}')
         imagenet = imagenet_table(args.device, args.batch_size, args.rounds) if args.imagenet else ''
-        text = '\n\n'.join(filter(None, [tables(rows), imagenet]))
+        text = '\n\n'.join(filter(None, [all_tables(rows), imagenet]))
         print(text)
         if args.output:
-            print('\nWrote:', *write(rows, text, args.output), sep='\n')
+            print('\nWrote:', *write_tables(rows, text, args.output), sep='\n')
     except ImportError as error:
-        parser.error(f"{error}; it comes with `pip install 'timm_atac[viz]'`")
-    except (OSError, RuntimeError, StoreError) as error:  # RuntimeError: a device there is not
+        parser.error(f"{error}; install it by `pip install 'timm_atac[viz]'`")
+    except (OSError, RuntimeError, StoreError) as error:  # RuntimeError: the device does not exist
         parser.error(str(error))
     return 0
 

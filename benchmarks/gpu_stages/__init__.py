@@ -1,1 +1,1 @@
-"""The stages of benchmarks/gpu.py. Each is a program: `python -m gpu_stages.STAGE --rows FILE`."""
+"""The stages of benchmarks/gpu.py. Each stage is a program: `python -m gpu_stages.STAGE --rows FILE`."""

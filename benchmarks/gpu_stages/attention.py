@@ -1,4 +1,4 @@
-"""The other networks of Table 4: the local attention of fa_resnet50 in every form, then training steps."""
+"""Stage for the other networks of Table 4: forms of the local attention of fa_resnet50, and training steps."""
 
 from functools import partial
 
@@ -14,7 +14,7 @@ SMALL = ((32, 8, 8),)
 NETWORKS = ('fa_resnet50', 'aa_resnet50', 'ge_plus_resnet50')
 
 
-def _forms(stage: Stage, names: tuple[str, ...], shape: tuple[int, int, int]) -> None:
+def _measure_forms(stage: Stage, names: tuple[str, ...], shape: tuple[int, int, int]) -> None:
     device = torch.device(stage.device)
     dtype = torch.float32 if device.type == 'cpu' else torch.bfloat16
     batch, rounds = (2, 1) if stage.small else (32, 15)
@@ -40,17 +40,20 @@ def run(stage: Stage) -> None:
     shapes = SMALL if stage.small else SHAPES
     for part in stage.args:
         if part == 'networks' and stage.small:
-            stage.skip('training steps of the other networks', 'their images have 224 pixels: too long for a small run')
+            stage.skip(
+                'training steps of the other networks',
+                '224 pixels take too long in a small run',
+            )
         elif part == 'networks':
             for name in NETWORKS:
                 step = partial(measure, stage, 'training', 'bf16', name, 'training of Table 4', batch=64, rounds=5)
                 stage.attempt(name, step)
         elif part == 'flex' and stage.device == 'cpu':
             stage.skip('flex_attention', 'it has no backward pass on a CPU')
-        else:  # a compiler may fail or take long, so that what it compiles comes in a part of its own
+        else:  # 'flex' is a part of its own, since compiling may fail or take long
             names = ('tiles', 'flex') if part == 'flex' else ('3x3 convolution', 'tiles')
             for shape in shapes:
-                stage.attempt(f'{", ".join(names)}, {shape}', partial(_forms, stage, names, shape))
+                stage.attempt(f'{", ".join(names)}, {shape}', partial(_measure_forms, stage, names, shape))
 
 
 if __name__ == '__main__':

@@ -1,12 +1,12 @@
-"""The CIFAR networks: how fast an epoch is in every form."""
+"""Stage for the CIFAR networks: the time of an epoch in every form."""
 
 from functools import partial
 from typing import NamedTuple
 
 import torch
-from ablation_epoch import random_images
 from ablations.grid import RECIPES, Run
 from ablations.trainer import Machine, Trainer
+from measuring.random_images import random_images
 from measuring.timing import Spread, interleaved
 
 from gpu_stages.stage import Stage, main
@@ -15,7 +15,7 @@ IMAGES = 50_000
 
 
 class Form(NamedTuple):
-    """A way to train."""
+    """How a network is trained."""
 
     name: str
     precision: str = 'float32'
@@ -34,11 +34,11 @@ GRAPHS = (
     Form('CUDA graphs, bfloat16, channels_last', 'bfloat16', True, 'reduce-overhead'),
 )
 COMPILED = (Form('compiled', compile_mode='default'),)
-# by value: a compiler takes long
+# the most important first; compiling takes long
 ORDER = ((EAGER[:1], 1), (GRAPHS, 1), (EAGER[1:], 1), (EAGER[:1], 3), (GRAPHS[:1], 3), (EAGER[1:], 3), (COMPILED, 1))
 
 
-def _epoch(stage: Stage, name: str, blocks: int, form: Form) -> None:
+def _measure_epoch(stage: Stage, name: str, blocks: int, form: Form) -> None:
     device = torch.device(stage.device)
     recipe = RECIPES['authors']
     if stage.small:
@@ -64,13 +64,13 @@ def _epoch(stage: Stage, name: str, blocks: int, form: Form) -> None:
 
 
 def run(stage: Stage) -> None:
-    stage.compile_as_far_as_wanted()
-    torch.backends.cudnn.benchmark = True  # as ablation.py has it
+    stage.disable_compiler_if_small()
+    torch.backends.cudnn.benchmark = True  # as in ablation.py
     cases = [(form, blocks, name) for forms, blocks in ORDER for form in forms for name in ('relu', 'atac')]
     if stage.small:
         cases = [(form, 1, 'atac') for form in (EAGER[1], GRAPHS[0])]
     for form, blocks, name in cases:
-        stage.attempt(f'{name}, b = {blocks}, {form.name}', partial(_epoch, stage, name, blocks, form))
+        stage.attempt(f'{name}, b = {blocks}, {form.name}', partial(_measure_epoch, stage, name, blocks, form))
 
 
 if __name__ == '__main__':

@@ -1,4 +1,4 @@
-"""Test files on the device: what passed, failed and was skipped. No timing is believed before this."""
+"""Stage that runs test files on the device. Times are only valid if the tests pass."""
 
 import os
 import signal
@@ -17,7 +17,7 @@ SMALL = '(test_kernels and 16 and channels_last) or second_derivatives'
 
 
 class Record:
-    """A plugin of pytest that writes failures down at once, and counts by file."""
+    """A pytest plugin that emits each failure at once, and counts the results of each file."""
 
     def __init__(self, stage: Stage) -> None:
         self.stage = stage
@@ -25,18 +25,18 @@ class Record:
         self.counts: dict[str, Counter[str]] = {Path(file).name: Counter() for file in stage.args}
         self.missing: dict[str, str] = {}
 
-    def _file(self, nodeid: str) -> Counter[str]:
+    def _counts_of(self, nodeid: str) -> Counter[str]:
         return self.counts.setdefault(Path(nodeid.split('::')[0]).name, Counter())
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.failed:
-            self._file(report.nodeid)['failed'] += 1
+            self._counts_of(report.nodeid)['failed'] += 1
             why = str(report.longrepr).strip().splitlines()
             self.stage.emit('failures', test=report.nodeid, when=report.when, why=why[-1][:300] if why else '')
         elif report.skipped:
-            self._file(report.nodeid)['skipped'] += 1
+            self._counts_of(report.nodeid)['skipped'] += 1
         elif report.when == 'call':
-            self._file(report.nodeid)['passed'] += 1
+            self._counts_of(report.nodeid)['passed'] += 1
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         if not report.failed:
@@ -44,19 +44,19 @@ class Record:
         name, lines = Path(report.nodeid).name, str(report.longrepr).strip().splitlines()
         missing = [line for line in lines if 'ModuleNotFoundError' in line]
         if name in self.missing:
-            return  # another process of xdist has told
+            return  # another process of xdist has reported it
         self.missing[name] = missing[-1] if missing else lines[-1]
         if missing:
             self.stage.skip(name, missing[-1])
         else:
-            self._file(name)['failed'] += 1
+            self._counts_of(name)['failed'] += 1
             self.stage.emit('failures', test=name, when='collection', why=lines[-1][:300])
 
     def pytest_warning_recorded(self, nodeid: str) -> None:
-        self._file(nodeid or 'elsewhere')['warnings'] += 1
+        self._counts_of(nodeid or 'elsewhere')['warnings'] += 1
 
     def emit(self) -> None:
-        """Write the counts down, of a run that is cut off too."""
+        """Emit the counts. They are also emitted if the run is ended early."""
         for file, count in self.counts.items():
             kinds = {kind: count[kind] for kind in ('passed', 'failed', 'skipped', 'warnings')}
             self.stage.emit('tests', file=file, **kinds, seconds=round(time.monotonic() - self.start, 1))
@@ -64,9 +64,9 @@ class Record:
 
 def run(stage: Stage) -> None:
     record = Record(stage)
-    # of another release of PyTorch there are warnings that are not known here: they are counted, and are no failures
+    # another release of PyTorch may emit other warnings: they are counted and do not fail a test
     options = ['-q', '-m', 'not slow', '-p', 'no:cacheprovider', '-o', 'filterwarnings=default', '--tb=short']
-    # the second compiles for cards that are not there
+    # compiles_for_gpus compiles for other GPUs
     options += ['-k', SMALL if stage.small else 'not compiles_for_gpus', '--show-capture=no']
     if find_spec('xdist') is not None and not stage.small:
         options += ['-n', str(min(8, max(1, (os.cpu_count() or 2) // 2)))]

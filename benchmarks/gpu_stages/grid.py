@@ -1,4 +1,4 @@
-"""The grid of the ablation, in several processes on one card, until the time is up."""
+"""Stage that trains the networks of the ablation in several processes on one GPU until its time is over."""
 
 import os
 import shutil
@@ -15,8 +15,8 @@ from gpu_stages.stage import Stage, main
 
 ROOT = Path(__file__).parents[2]
 LEAST_SECONDS = 60
-MOST_BYTES = 15_000_000  # of the archive of networks
-# by value, as docs/results.md has them
+MOST_BYTES = 15_000_000  # in the archive of networks
+# blocks, activations and seeds, the most important first, as in docs/results.md
 GRID = (
     (1, 'relu atac se_act local_se nin silu xunit', 3),
     (2, 'relu atac se_act', 3),
@@ -26,20 +26,20 @@ GRID = (
 
 
 def run(stage: Stage) -> None:
-    """Train until the time is up; what is finished goes to the folder of the rows every few seconds."""
+    """Train until the time is over. Finished runs are copied to the folder of the rows every second."""
     with tempfile.TemporaryDirectory() as temporary:
         data = Path(temporary)
         if stage.images is None:
-            stage.skip('the grid on CIFAR-10', 'no --images')
+            stage.skip('the grid on CIFAR-10', '--images is not given')
             if not stage.small:
                 return
             commands = [
                 _command(stage, data, ['--datasets', 'digits', '--epochs', '1', '--size', '8', '--acts', 'relu'])
             ]
         else:
-            if stage.left() < LEAST_SECONDS:
+            if stage.seconds_left() < LEAST_SECONDS:
                 stage.skip(
-                    'the grid on CIFAR-10', f'{stage.left():.0f} s are left, of which reading the images takes 30'
+                    'the grid on CIFAR-10', f'{stage.seconds_left():.0f} s are left, and reading the images takes 30 s'
                 )
                 return
             (data / 'cifar10-jpeg').mkdir()
@@ -61,16 +61,16 @@ def _command(stage: Stage, data: Path, options: list[str]) -> list[str]:
 
 
 def _train(stage: Stage, commands: list[list[str]], count: int, results: Path) -> None:
-    """Run the commands one after the other, `count` processes each at the same time, and collect what is there."""
+    """Run the commands one after the other, each in `count` processes at the same time, and collect finished runs."""
     for command in commands:
         children = [subprocess.Popen(command, env={**os.environ, 'OMP_NUM_THREADS': '1'}) for _ in range(count)]
-        while any(child.poll() is None for child in children) and stage.left() > 10:
+        while any(child.poll() is None for child in children) and stage.seconds_left() > 10:
             time.sleep(1)
             collect(results, stage.rows.parent)
-        was_late = any(child.poll() is None for child in children)
+        is_late = any(child.poll() is None for child in children)
         for child in children:
             if child.poll() is None:
-                child.send_signal(signal.SIGINT)  # they say what is left, and the row of a run is whole or not there
+                child.send_signal(signal.SIGINT)  # they print which runs are unfinished
         end = time.monotonic() + 4
         for child in children:
             try:
@@ -82,14 +82,14 @@ def _train(stage: Stage, commands: list[list[str]], count: int, results: Path) -
         done = rows.read_text().count('\n') - 1 if rows.exists() else 0
         stage.emit('grid', options=' '.join(command[2:]), processes=count, finished_runs=done)
         failed = [child.returncode for child in children if child.returncode not in (0, 130)]
-        if failed and not was_late:
-            stage.emit('errors', what='ablation.py', error=f'exit status {failed[0]}; see the log')
-        if was_late:
+        if failed and not is_late:
+            stage.emit('errors', what='ablation.py', error=f'exit status {failed[0]}; see log.txt')
+        if is_late:
             break
 
 
 def collect(results: Path, out: Path) -> None:
-    """Copy rows and curves, and the networks of seed 0 as long as they fit, to a folder of few files."""
+    """Copy rows, curves and the networks of seed 0 to `out`, the networks up to `MOST_BYTES`."""
     rows, copied = results / 'ablation.csv', out / 'ablation.csv'
     curves = sorted((results / 'curves').glob('*.csv'))
     if curves:

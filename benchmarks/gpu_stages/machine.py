@@ -1,4 +1,4 @@
-"""The machine, and the two ceilings that everything is a share of: bytes copied and products in bfloat16 a second."""
+"""Stage for the machine: its versions, and its peak rates of copied bytes and of matrix products in bfloat16."""
 
 import platform
 import shutil
@@ -6,23 +6,23 @@ import subprocess
 from functools import partial
 
 import torch
-from measuring.timing import Spread, captured, interleaved
+from measuring.timing import Spread, as_cuda_graph, interleaved
 
 from gpu_stages.stage import Stage, main
 
 
 def run(stage: Stage) -> None:
     device = torch.device(stage.device)
-    facts = {'python': platform.python_version(), 'torch': torch.__version__, 'processor': platform.machine()}
+    properties = {'python': platform.python_version(), 'torch': torch.__version__, 'processor': platform.machine()}
     for package in ('triton', 'timm', 'pytest', 'torchvision'):
         try:
-            facts[package] = __import__(package).__version__
+            properties[package] = __import__(package).__version__
         except ImportError as error:
-            facts[package] = str(error)
-    facts['CPU threads'] = str(torch.get_num_threads())
+            properties[package] = str(error)
+    properties['CPU threads'] = str(torch.get_num_threads())
     if device.type == 'cuda':
         card = torch.cuda.get_device_properties(device)
-        facts |= {
+        properties |= {
             'card': card.name,
             'compute capability': f'{card.major}.{card.minor}',
             'multiprocessors': str(card.multi_processor_count),
@@ -32,8 +32,8 @@ def run(stage: Stage) -> None:
             'cuDNN': str(torch.backends.cudnn.version()),
             'driver': _driver(),
         }
-    for fact, value in facts.items():
-        stage.emit('machine', what=fact, value=value)
+    for name, value in properties.items():
+        stage.emit('machine', what=name, value=value)
 
     count = 2**20 if stage.small else 2**29
     x = torch.empty(count, dtype=torch.bfloat16, device=device).normal_()
@@ -49,12 +49,12 @@ def run(stage: Stage) -> None:
 
 
 def _seconds(run, device: torch.device) -> float:
-    return Spread.of(interleaved({'': captured(run, device)}, 11, device, at_least=0.05)['']).median
+    return Spread.of(interleaved({'': as_cuda_graph(run, device)}, 11, device, at_least=0.05)['']).median
 
 
 def _driver() -> str:
     if shutil.which('nvidia-smi') is None:
-        return 'unknown: no nvidia-smi'
+        return 'unknown: nvidia-smi is not installed'
     command = ['nvidia-smi', '--query-gpu=driver_version', '--format=csv,noheader']
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20)

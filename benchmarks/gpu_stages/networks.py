@@ -1,16 +1,16 @@
-"""Networks over timm's resnet50, inference and a training step: time in interleaved rounds, and peak memory."""
+"""Stage for networks relative to timm's resnet50: time and peak memory of inference and of a training step."""
 
 from functools import partial
 
 import speed
 import timm
 import torch
-from measuring.timing import runs_kernels
+from measuring.timing import can_run_kernels
 from speed import MODES, Mode
 
 from gpu_stages.stage import Stage, main
 
-SMALL = {'resnet50': 'resnet8_cifar', 'atac_resnet50': 'atac_resnet8_cifar'}  # what stands for what
+SMALL = {'resnet50': 'resnet8_cifar', 'atac_resnet50': 'atac_resnet8_cifar'}  # small networks in place of large ones
 INFERENCE = ('atac_resnet50', 'atac_resnet50_full', 'seresnet50', 'resnet50, silu')
 TRAINING = (
     'atac_resnet50',
@@ -25,20 +25,21 @@ TRAINING = (
 
 
 def mode_of(stage: Stage, name: str) -> Mode:
-    # 'max-autotune' would take the stage's time for one network
+    # 'max-autotune' would take the whole time of the stage for one network
     return Mode(*MODES[name], device=torch.device(stage.device), compile_mode='default')
 
 
 def measure(stage: Stage, what: str, mode: str, name: str, table: str = '', batch: int = 256, rounds: int = 10) -> None:
-    """One network beside resnet50, the two in turns."""
+    """Measure one network and resnet50, which take turns."""
     size = 224
     if stage.small:
         batch, size, rounds = 2, 8, 1
     torch.compiler.reset()
     run = speed.inference if what == 'inference' else speed.training
     names = list(dict.fromkeys(['resnet50', name]))
-    how = mode_of(stage, mode)
-    rows = run(how, names, batch, size, rounds, kernels=runs_kernels(how.device) and not how.compiled)
+    run_mode = mode_of(stage, mode)
+    has_kernels = can_run_kernels(run_mode.device) and not run_mode.compiled
+    rows = run(run_mode, names, batch, size, rounds, kernels=has_kernels)
     fused = next((row.seconds.median for row in rows if row.name == 'resnet50, fused'), None)
     for row in rows:
         stage.emit(
@@ -51,7 +52,7 @@ def measure(stage: Stage, what: str, mode: str, name: str, table: str = '', batc
             high=row.over.high,
             over_fused=None if fused is None else row.seconds.median / fused,
             peak_MB=row.peak / 1e6,
-            kept_MB=None if row.kept is None else row.kept / 1e6,
+            saved_MB=None if row.saved is None else row.saved / 1e6,
         )
 
 
@@ -68,10 +69,10 @@ CASES = {
 
 
 def run(stage: Stage) -> None:
-    stage.compile_as_far_as_wanted()
+    stage.disable_compiler_if_small()
     torch._dynamo.config.recompile_limit = 64  # all models run the code of one class
     if stage.small:
-        stage.skip('networks', f'small ones stand for them: {SMALL}')
+        stage.skip('networks', f'small networks are measured in their place: {SMALL}')
         speed.MODELS = {name: partial(timm.create_model, small) for name, small in SMALL.items()}
     for part in stage.args:
         cases = [case for case in CASES[part] if case[2] in SMALL][:1] if stage.small else CASES[part]

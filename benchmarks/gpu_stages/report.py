@@ -1,4 +1,4 @@
-"""The report of benchmarks/gpu.py: all rows as tables, and what they say of the predictions in benchmarks/log.md."""
+"""The report of benchmarks/gpu.py: tables of all rows, and the outcomes of the predictions in benchmarks/log.md."""
 
 import argparse
 from collections.abc import Iterable, Sequence
@@ -7,15 +7,15 @@ from typing import Any, NamedTuple
 Row = dict[str, Any]
 SUMMARY_LINES = 60
 
-# benchmarks/log.md: share of a copy's speed in bfloat16, by channels: predicted, and the target
+# share of a copy's speed in bfloat16 by channels: prediction in benchmarks/log.md, and target
 KERNEL_SHARES = {64: (1.00, 0.80), 128: (0.92, 0.80), 256: (0.92, 0.70), 512: (0.52, 0.55)}
-# time at most, of inference over the equally folded resnet50, of training over resnet50
+# highest predicted time: inference over the equally fused resnet50, training over resnet50
 INFERENCE = (('atac_resnet50, fused, kernels', 1.05), ('atac_resnet50_full, fused, kernels', 1.12))
 TRAINING = (('atac_resnet50', 1.10), ('atac_resnet50_full', 1.25))
 
 
 class Claim(NamedTuple):
-    """A prediction beside its outcome."""
+    """A prediction and its outcome."""
 
     claim: str
     predicted: str
@@ -28,7 +28,7 @@ def select(rows: Iterable[Row], stage: str, table: str, **values: Any) -> list[R
 
 
 def predictions(rows: Sequence[Row]) -> list[Claim]:
-    """Every prediction; 'not measured' where its rows are not there."""
+    """Return every prediction with its outcome, which is 'not measured' if its rows are missing."""
     claims = []
     for channels, (share, target) in KERNEL_SHARES.items():
         found = [
@@ -81,26 +81,26 @@ def _verdict(found: list[float], limit: float) -> str:
     return f'{found[-1]:.3f}: {"holds" if found[-1] <= limit else "does not hold"}'
 
 
-def wins(rows: Sequence[Row]) -> dict[int, bool]:
-    """For each number of channels, whether the kernel was faster than every other form at each shape and type."""
-    best: dict[tuple[str, str], dict[str, float]] = {}
+def kernel_is_fastest(rows: Sequence[Row]) -> dict[int, bool]:
+    """Return True for each number of channels at which the kernel was the fastest form for every shape and dtype."""
+    times_by_case: dict[tuple[str, str], dict[str, float]] = {}
     for row in select(rows, 'units', 'inference'):
-        # times over the copy of the same rounds, since the compiled form is measured in a part of its own
-        best.setdefault((row['shape'], row['dtype']), {})[row['form']] = 1 / row['share_of_copy']
+        # time over a copy in the same rounds, since the compiled form is measured in other rounds
+        times_by_case.setdefault((row['shape'], row['dtype']), {})[row['form']] = 1 / row['share_of_copy']
     found: dict[int, bool] = {}
-    for (shape, _), us in best.items():
-        others = [time for form, time in us.items() if form not in ('copy', 'ReLU', 'kernel')]
-        if 'kernel' in us and 'compiled' in us:
+    for (shape, _), times in times_by_case.items():
+        others = [time for form, time in times.items() if form not in ('copy', 'ReLU', 'kernel')]
+        if 'kernel' in times and 'compiled' in times:
             channels = int(shape.split('x')[0])
-            found[channels] = found.get(channels, True) and us['kernel'] < min(others)
+            found[channels] = found.get(channels, True) and times['kernel'] < min(others)
     return found
 
 
 def report(rows: Sequence[Row], ended: Sequence[Any], args: argparse.Namespace) -> str:
-    """All that was measured, in Markdown."""
-    parts = ['# What a GPU says', _note(args), _steps(ended)]
+    """Return the report in Markdown."""
+    parts = ['# Measurements on a GPU', _note(args), _steps(ended)]
     if not args.small:
-        parts += ['## Predictions', _table([claim._asdict() for claim in predictions(rows)]), _wins(rows)]
+        parts += ['## Predictions', _table([claim._asdict() for claim in predictions(rows)]), _fastest_note(rows)]
     names = dict.fromkeys((row['stage'], row['table']) for row in rows)
     for stage, table in names:
         found = [{k: v for k, v in row.items() if k not in ('stage', 'table')} for row in select(rows, stage, table)]
@@ -109,7 +109,7 @@ def report(rows: Sequence[Row], ended: Sequence[Any], args: argparse.Namespace) 
 
 
 def summary(rows: Sequence[Row], ended: Sequence[Any], args: argparse.Namespace) -> str:
-    """The report's most important lines, as many as a screen has."""
+    """Return the most important lines of the report, at most `SUMMARY_LINES`."""
     lines = [f'\n{_note(args)}', '']
     for row in select(rows, 'machine', 'machine') + select(rows, 'machine', 'ceilings'):
         if row['what'] in ('card', 'driver', 'torch', 'triton') or row['table'] == 'ceilings':
@@ -122,7 +122,7 @@ def summary(rows: Sequence[Row], ended: Sequence[Any], args: argparse.Namespace)
         )
     if not args.small:
         lines += [f'{c.claim}: predicted {c.predicted}, outcome {c.outcome}' for c in predictions(rows)]
-        lines.append(_wins(rows))
+        lines.append(_fastest_note(rows))
     for row in rows:
         if row['table'] in ('failures', 'errors', 'skipped'):
             what = row.get('test') or row.get('what')
@@ -134,7 +134,7 @@ def summary(rows: Sequence[Row], ended: Sequence[Any], args: argparse.Namespace)
 
 
 def _note(args: argparse.Namespace) -> str:
-    how = 'Tiny sizes: this shows that everything runs, and measures nothing.' if args.small else ''
+    how = 'Tiny sizes: this run only shows that every stage runs. Its times mean nothing.' if args.small else ''
     return f'Device: {args.device}. Stages: {", ".join(args.stages)}, {args.minutes:g} minutes. {how}'.strip()
 
 
@@ -143,12 +143,12 @@ def _steps(ended: Sequence[Any]) -> str:
     return f'## Stages\n\n{_table(rows)}' if rows else ''
 
 
-def _wins(rows: Sequence[Row]) -> str:
-    found = wins(rows)
+def _fastest_note(rows: Sequence[Row]) -> str:
+    found = kernel_is_fastest(rows)
     if not found:
-        return 'Kernel of a unit in inference: not measured beside another form.'
-    texts = [f'{channels}: {"wins" if won else "loses"}' for channels, won in sorted(found.items())]
-    return f'Kernel of a unit in inference, at every shape and type of a number of channels: {", ".join(texts)}.'
+        return 'Kernel of a unit in inference: not measured together with the compiled form.'
+    texts = [f'{channels}: {"yes" if won else "no"}' for channels, won in sorted(found.items())]
+    return f'Kernel is the fastest form in inference for every shape and dtype, by channels: {", ".join(texts)}.'
 
 
 def _table(rows: list[Row]) -> str:

@@ -1,4 +1,4 @@
-"""What the stages share: their command line, and rows that are in a file as soon as they are there."""
+"""What the stages share: their command line, and the file to which they add rows."""
 
 import argparse
 import json
@@ -11,20 +11,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-SKIPPED = 75  # exit status of a stage that lacks a package; its row says which
+SKIPPED = 75  # exit status of a stage if a package is missing; a row names the package
 
 
 class Stage(NamedTuple):
-    """How a stage is run.
+    """The options of a stage, and its output.
 
     Attributes:
-        name: Of the stage, for its rows.
+        name: Name of the stage, for its rows.
         device: 'cuda' or 'cpu'.
-        small: Whether tiny sizes are to show that everything runs, instead of measuring it.
-        deadline: When it is ended, by `time.monotonic`.
-        rows: File that rows are added to, one JSON object a line.
-        images: Archive of the JPEG copy of CIFAR-10, None for none.
-        args: Arguments that are the stage's own.
+        small: True for tiny sizes, which only show that the stage runs.
+        deadline: Value of `time.monotonic` at which the stage is ended.
+        rows: File that rows are added to, one JSON object per line.
+        images: Archive of the JPEG copy of CIFAR-10, or None.
+        args: Further arguments of this stage.
     """
 
     name: str
@@ -36,8 +36,8 @@ class Stage(NamedTuple):
     args: list[str]
 
     def emit(self, table: str, **values: Any) -> None:
-        """Add a row to a table, for good."""
-        row = {'stage': self.name, 'table': table, **{key: _plain(value) for key, value in values.items()}}
+        """Add a row to a table, and flush it to the disk."""
+        row = {'stage': self.name, 'table': table, **{key: _json_value(value) for key, value in values.items()}}
         with open(self.rows, 'a', encoding='utf-8') as file:
             file.write(json.dumps(row) + '\n')
             file.flush()
@@ -46,8 +46,8 @@ class Stage(NamedTuple):
     def skip(self, what: str, reason: str) -> None:
         self.emit('skipped', what=what, reason=reason)
 
-    def _check_card(self) -> None:
-        """After an illegal access a process can do nothing more on its card: end it."""
+    def _exit_if_gpu_failed(self) -> None:
+        """Exit if the GPU no longer works in this process, as after an illegal memory access."""
         if self.device == 'cuda':
             import torch
 
@@ -57,23 +57,23 @@ class Stage(NamedTuple):
                 self.emit('errors', what='the rest of this process', error=str(error)[:300])
                 sys.exit(1)
 
-    def left(self) -> float:
+    def seconds_left(self) -> float:
         """Seconds until the stage is ended."""
         return self.deadline - time.monotonic()
 
-    def compile_as_far_as_wanted(self) -> None:
-        """In a small run, what is to be compiled runs eagerly: a compiler takes longer than all else."""
-        import torch  # benchmarks/gpu.py reads rows without it
+    def disable_compiler_if_small(self) -> None:
+        """In a small run, let compiled modules run eagerly, since compiling takes most of the time."""
+        import torch  # not at the top: benchmarks/gpu.py imports this module
 
         if self.small and hasattr(torch.compiler, 'set_stance'):  # since PyTorch 2.6
             torch.compiler.set_stance('force_eager')
-            self.skip('torch.compile', 'a small run compiles units alone')
+            self.skip('torch.compile', 'a small run only compiles units')
 
     def attempt(self, what: str, run: Callable[[], object]) -> bool:
-        """Run a part of the stage; an exception is a row, and ends this part alone.
+        """Run a part of the stage. If it raises an exception, add a row and continue.
 
         Returns:
-            True if there was none.
+            True if the part raised no exception.
         """
         try:
             run()
@@ -82,21 +82,21 @@ class Stage(NamedTuple):
         except Exception as error:
             traceback.print_exc()
             self.emit('errors', what=what, error=f'{type(error).__name__}: {error}'[:300])
-            self._check_card()
+            self._exit_if_gpu_failed()
         else:
             return True
         return False
 
 
-def _plain(value: Any) -> Any:
-    """A value that JSON has; numbers in five digits."""
+def _json_value(value: Any) -> Any:
+    """Return a value that JSON can represent, floats rounded to five digits."""
     if isinstance(value, float):
         return float(f'{value:.5g}') if math.isfinite(value) else str(value)
     return value
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows that are there; a last line that a kill cut off is left out."""
+    """Return the rows of a file, without an incomplete last line."""
     rows = []
     for line in path.read_text(encoding='utf-8').splitlines() if path.exists() else []:
         try:

@@ -1,4 +1,4 @@
-"""Units alone: inference in every form beside a copy and a ReLU, then training with and without the kernels."""
+"""Stage for single units: inference in every form, a copy and a ReLU; then training with and without the kernels."""
 
 from functools import partial
 from typing import Any
@@ -7,7 +7,7 @@ import kernels
 import torch
 import torch.nn as nn
 from kernels import DTYPES, Setting, Shape
-from measuring.timing import Spread, ratio, runs_kernels
+from measuring.timing import Spread, can_run_kernels, ratio
 
 from gpu_stages.stage import Stage, main
 
@@ -16,21 +16,21 @@ SMALL: list[Shape] = [(16, 3, 2)]
 
 
 def setting(stage: Stage, dtype: str, rounds: int = 15) -> Setting:
-    """Maps as a network in channels_last has them, 256 images of them."""
+    """Return a setting with feature maps in channels_last and a batch of 256."""
     batch, rounds, shapes = (2, 1, SMALL) if stage.small else (256, rounds, SHAPES)
     return Setting(torch.device(stage.device), DTYPES[dtype], torch.channels_last, batch, rounds, shapes)
 
 
 def _inference(stage: Stage, dtype: str, shape: Shape, names: tuple[str, ...]) -> None:
-    where = setting(stage, dtype)
+    unit_setting = setting(stage, dtype)
     torch.compiler.reset()
     unit = kernels.unit_for(shape[0])
     runs: dict[str, Any] = {
-        'copy': kernels.copied,
+        'copy': kernels.clone,
         'ReLU': partial(kernels.infer, nn.ReLU()),
-        **kernels.forms(unit, names, where),
+        **kernels.forms(unit, names, unit_setting),
     }
-    times = where.measure(runs, where.map(shape))
+    times = unit_setting.measure(runs, unit_setting.feature_map(shape))
     for form in runs:
         stage.emit(
             'inference',
@@ -44,8 +44,7 @@ def _inference(stage: Stage, dtype: str, shape: Shape, names: tuple[str, ...]) -
 
 
 def _training(stage: Stage, shape: Shape, names: tuple[str, ...], graphs: bool) -> None:
-    where = setting(stage, 'bfloat16', rounds=9)
-    times = kernels.training(where, shape, names, graphs)
+    times = kernels.training(setting(stage, 'bfloat16', rounds=9), shape, names, graphs)
     for form in names:
         stage.emit(
             'training',
@@ -60,9 +59,9 @@ def _training(stage: Stage, shape: Shape, names: tuple[str, ...], graphs: bool) 
 
 def run(stage: Stage) -> None:
     device = torch.device(stage.device)
-    has_kernels = runs_kernels(device)
+    has_kernels = can_run_kernels(device)
     if not has_kernels:
-        stage.skip('kernels of units', f'none runs on {device}')
+        stage.skip('kernels of units', f'no kernel runs on {device}')
     dtypes = ('bfloat16',) if stage.small else ('bfloat16', 'float16')
     shapes = SMALL if stage.small else SHAPES
     forms = ('eager', 'folded', *['kernel'] * has_kernels)
@@ -73,7 +72,7 @@ def run(stage: Stage) -> None:
     for graphs in (False,) if device.type == 'cpu' else (True, False):
         way = 'graphs' if graphs else 'calls'
         parts += [(f'training {shape}, {way}', partial(_training, stage, shape, trained, graphs)) for shape in shapes]
-    # a compiler may take long, so that it comes last
+    # last, since compiling may take long
     compiled = ('compiled', *['kernel'] * has_kernels)
     parts += [
         (f'{shape} {d}, compiled', partial(_inference, stage, d, shape, compiled)) for d in dtypes for shape in shapes

@@ -1,7 +1,7 @@
-"""ATAC behind `torch.utils.checkpoint`: the peer of `ATACMe`, in a few lines and for any norm and activation.
+"""ATAC with `torch.utils.checkpoint`: a short alternative to `ATACMe`, for any norm and activation.
 
-A checkpoint runs the unit again in the backward pass. Left alone, the second pass would update the norms' running
-statistics once more (PyTorch issue 96136). Here a context of the second pass keeps them.
+A checkpoint runs the unit again in the backward pass. By default, this second pass updates the norms' running
+statistics a second time (PyTorch issue 96136). Here a context manager prevents that.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -17,7 +17,7 @@ __all__ = ['CheckpointedATAC']
 
 
 class CheckpointedATAC(ATAC):
-    """`ATAC` that keeps its input alone for the backward pass, (B, C, H, W) -> (B, C, H, W)."""
+    """`ATAC` that only saves its input for the backward pass, (B, C, H, W) -> (B, C, H, W)."""
 
     def activate(self, x: torch.Tensor) -> torch.Tensor:
         if not torch.is_grad_enabled():
@@ -30,9 +30,9 @@ class CheckpointedATAC(ATAC):
 
 
 class _SecondPass(AbstractContextManager):
-    """Modules are in the modes of the first pass, and norms update no running statistics.
+    """Puts the modules into the modes of the first pass, and stops updates of running statistics.
 
-    It may be entered again, as a second derivative does.
+    It can be entered several times, which second derivatives do.
     """
 
     def __init__(self, unit: nn.Module) -> None:
@@ -40,15 +40,15 @@ class _SecondPass(AbstractContextManager):
         self.norms = [module for module in unit.modules() if isinstance(module, _BatchNorm)]
 
     def __enter__(self) -> None:
-        self.modes_now = {module: module.training for module in self.modes}
-        self.kept = [(norm.momentum, norm.num_batches_tracked) for norm in self.norms]
+        self.previous_modes = {module: module.training for module in self.modes}
+        self.previous_settings = [(norm.momentum, norm.num_batches_tracked) for norm in self.norms]
         for module, training in self.modes.items():
             module.training = training
         for norm in self.norms:
             norm.momentum, norm.num_batches_tracked = 0.0, None
 
     def __exit__(self, *error: object) -> None:
-        for module, training in self.modes_now.items():
+        for module, training in self.previous_modes.items():
             module.training = training
-        for norm, (momentum, count) in zip(self.norms, self.kept, strict=True):
+        for norm, (momentum, count) in zip(self.norms, self.previous_settings, strict=True):
             norm.momentum, norm.num_batches_tracked = momentum, count

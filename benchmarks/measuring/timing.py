@@ -1,4 +1,4 @@
-"""Measurements that the benchmarks share: interleaved times, peak memory, and bytes kept for the backward pass."""
+"""Measure times of functions that take turns, peak memory, and the bytes saved for the backward pass."""
 
 import gc
 import os
@@ -7,8 +7,8 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-os.environ.setdefault('KINETO_LOG_LEVEL', '99')  # PyTorch's profiler tells of GPUs that are not there
-os.environ.setdefault('TORCHINDUCTOR_FORCE_DISABLE_CACHES', '1')  # what is compiled is what is there now
+os.environ.setdefault('KINETO_LOG_LEVEL', '99')  # no messages of PyTorch's profiler about missing GPUs
+os.environ.setdefault('TORCHINDUCTOR_FORCE_DISABLE_CACHES', '1')  # do not reuse code that an earlier run compiled
 
 import torch
 import torch.nn as nn
@@ -17,7 +17,16 @@ from torch.profiler import ProfilerActivity, profile
 
 from timm_atac.kernels.switch import can_run
 
-__all__ = ['Spread', 'bytes_kept', 'captured', 'device_name', 'interleaved', 'peak_memory', 'ratio', 'runs_kernels']
+__all__ = [
+    'Spread',
+    'as_cuda_graph',
+    'bytes_kept',
+    'can_run_kernels',
+    'device_name',
+    'interleaved',
+    'peak_memory',
+    'ratio',
+]
 
 
 class Spread(NamedTuple):
@@ -36,37 +45,42 @@ class Spread(NamedTuple):
 def interleaved(
     runs: Mapping[str, Callable[[], object]], rounds: int, device: torch.device, at_least: float = 0.0
 ) -> dict[str, list[float]]:
-    """Seconds a call of each, one after the other in every round, after two calls that do not count.
+    """Time several functions, which take turns in every round. Two calls of each come first and are not counted.
 
     Args:
-        runs: What is called, by name.
-        rounds: Samples of each.
-        device: It is waited for before and after a sample.
-        at_least: Seconds a sample should take; a short call is repeated within it.
+        runs: The functions by name.
+        rounds: Number of samples per function.
+        device: Device to synchronize with before and after each sample.
+        at_least: Seconds per sample. A function that takes less is called repeatedly.
+
+    Returns:
+        Seconds per call for each sample, by name.
     """
     repeats = {}
     for name, run in runs.items():
         run()
         repeats[name] = max(1, round(at_least / max(_seconds(run, 1, device), 1e-9)))
-    return _transposed(
-        [{name: _seconds(run, repeats[name], device) for name, run in runs.items()} for _ in range(rounds)]
-    )
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            times[name].append(_seconds(run, repeats[name], device))
+    return times
 
 
-def captured(run: Callable[[], object], device: torch.device, pool: Any = None) -> Callable[[], object]:
-    """A call as a CUDA graph, so that what is measured is the GPU and not Python; on other devices the call itself.
+def as_cuda_graph(run: Callable[[], object], device: torch.device, pool: Any = None) -> Callable[[], object]:
+    """Return a function as a CUDA graph, whose time does not include Python. On other devices, return `run`.
 
     Args:
-        run: What is called.
-        device: Where.
-        pool: Of `torch.cuda.graph_pool_handle()`, for graphs that may write over each other's results.
+        run: The function.
+        device: Its device.
+        pool: Result of `torch.cuda.graph_pool_handle()`, shared by graphs that may overwrite each other's results.
     """
     if device.type != 'cuda':
         return run
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
-        for _ in range(3):  # compiles, and allocates what stays
+        for _ in range(3):  # compile, and allocate memory that is kept
             run()
     torch.cuda.synchronize(device)
     graph = torch.cuda.CUDAGraph()
@@ -76,13 +90,13 @@ def captured(run: Callable[[], object], device: torch.device, pool: Any = None) 
 
 
 def ratio(times: Mapping[Any, list[float]], name: Any, base: Any) -> Spread:
-    """Of the times of two within each round."""
+    """Return the ratio of two functions' times within each round."""
     return Spread.of([mine / other for mine, other in zip(times[name], times[base], strict=True)])
 
 
 def peak_memory(run: Callable[[], object], device: torch.device) -> int:
-    """Bytes that a call allocates at most, over what there was before."""
-    run()  # what is allocated once
+    """Return the peak of the bytes that a call allocates, over those allocated before it."""
+    run()  # allocate what is allocated only once
     gc.collect()
     if device.type == 'cuda':
         torch.cuda.synchronize(device)
@@ -102,7 +116,7 @@ def peak_memory(run: Callable[[], object], device: torch.device) -> int:
 
 
 def bytes_kept(forward: Callable[[], object], module: nn.Module) -> int:
-    """Bytes that a forward pass keeps for the backward pass, other than the module's own: exact, on any device."""
+    """Return the bytes that a forward pass saves for the backward pass, without the module's parameters and buffers."""
     kept: list[torch.Tensor] = []
 
     def pack(t: torch.Tensor) -> torch.Tensor:
@@ -123,24 +137,20 @@ def device_name(device: torch.device) -> str:
     return f'CPU, {torch.get_num_threads()} threads'
 
 
-def runs_kernels(device: torch.device) -> bool:
-    """Whether there is such a device, and our Triton kernels run on it."""
+def can_run_kernels(device: torch.device) -> bool:
+    """True if the device exists and our Triton kernels run on it."""
     return (device.type != 'cuda' or torch.cuda.is_available()) and can_run(device)
 
 
 def _seconds(run: Callable[[], object], repeats: int, device: torch.device) -> float:
-    _wait(device)
+    _synchronize(device)
     start = time.perf_counter()
     for _ in range(repeats):
         run()
-    _wait(device)
+    _synchronize(device)
     return (time.perf_counter() - start) / repeats
 
 
-def _wait(device: torch.device) -> None:
+def _synchronize(device: torch.device) -> None:
     if device.type == 'cuda':
         torch.cuda.synchronize(device)
-
-
-def _transposed(rounds: list[dict[str, float]]) -> dict[str, list[float]]:
-    return {name: [times[name] for times in rounds] for name in rounds[0]}

@@ -1,4 +1,4 @@
-"""benchmarks/measuring/checkpointed.py: the unit behind a checkpoint against the plain one."""
+"""benchmarks/measuring/checkpointed.py: the unit with a checkpoint is compared with the plain unit."""
 
 from typing import Any
 
@@ -19,8 +19,8 @@ def both(**kwargs: Any) -> tuple[Any, Any]:
     return plain.double(), unit.double()
 
 
-def everything(unit: Any, x: torch.Tensor, grad: torch.Tensor, between: Any = None) -> dict[str, torch.Tensor]:
-    """Output, gradients and buffers after one backward pass; `between` is called before it."""
+def results(unit: Any, x: torch.Tensor, grad: torch.Tensor, between: Any = None) -> dict[str, torch.Tensor]:
+    """Return output, gradients and buffers after one backward pass. `between` is called before it."""
     x = x.clone(memory_format=torch.preserve_format).requires_grad_()
     y = unit(x)
     if between is not None:
@@ -40,18 +40,18 @@ def test_same_numbers(training, momentum, layout) -> None:
     for unit in units:
         unit.train(training)
         unit.bn1.momentum = unit.bn2.momentum = momentum
-    for _ in range(2):  # the second time with other running statistics
-        expected, found = (everything(unit, x, grad) for unit in units)
+    for _ in range(2):  # the second time, the running statistics are other ones
+        expected, found = (results(unit, x, grad) for unit in units)
         for name, value in expected.items():
             torch.testing.assert_close(found[name], value, rtol=0, atol=0, msg=with_name(name))
         assert units[1].bn1.momentum == momentum and units[1].training == training
 
 
 @pytest.mark.parametrize('training', [True, False])
-def test_modes_of_the_second_pass_are_those_of_the_first(training) -> None:
+def test_second_pass_has_the_modes_of_the_first(training) -> None:
     units = both()
     x, grad = torch.randn(SHAPE, dtype=torch.float64), torch.randn(SHAPE, dtype=torch.float64)
-    expected, found = (everything(unit.train(training), x, grad, lambda u: u.train(not training)) for unit in units)
+    expected, found = (results(unit.train(training), x, grad, lambda u: u.train(not training)) for unit in units)
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=0, atol=0)
     assert all(module.training != training for module in units[1].modules())
@@ -72,12 +72,12 @@ def test_other_norms_and_activations() -> None:
     plain, unit = ATAC(14, **kwargs), CheckpointedATAC(14, **kwargs)
     unit.load_state_dict(plain.state_dict())
     x, grad = torch.randn(SHAPE), torch.randn(SHAPE)
-    expected, found = everything(plain, x, grad), everything(unit, x, grad)
+    expected, found = results(plain, x, grad), results(unit, x, grad)
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=0, atol=0)
 
 
-def test_keeps_its_input_alone() -> None:
+def test_only_saves_its_input() -> None:
     unit = CheckpointedATAC(14).train()
     x = torch.randn(4, 14, 32, 32, requires_grad=True)
     kept = bytes_kept(lambda: unit(x), unit)

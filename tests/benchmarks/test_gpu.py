@@ -1,4 +1,4 @@
-"""benchmarks/gpu.py: stages that end, hang or fail, rows that are kept, and the report that is made of them."""
+"""benchmarks/gpu.py: stages that end, hang or fail, their rows, and the report."""
 
 import argparse
 import json
@@ -7,14 +7,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import fake_stages
 import gpu
 import pytest
-from gpu_stages import report as gpu_report
-from gpu_stages import stage as stages
+from gpu_stages.report import kernel_is_fastest, predictions, summary
+from gpu_stages.stage import Stage, read_rows
 
 BENCHMARKS = Path(gpu.__file__).parent
 
@@ -50,13 +50,13 @@ def test_how_a_step_ends(code, expected, tmp_path) -> None:
     assert {'done': 'said', 'failed': 'ValueError: bad' if expected[1] == 1 else ''}.get(expected[0], '') in log
 
 
-def test_a_step_that_hangs_is_ended_with_its_children(tmp_path) -> None:
-    """Also where it does not hear of being asked to end."""
+def test_step_that_hangs_is_ended_with_its_children(tmp_path) -> None:
+    """They are also ended if they ignore SIGTERM."""
     code = f"""
 import signal, subprocess, sys, time
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
-deaf = 'import signal, time; signal.signal(15, signal.SIG_IGN); time.sleep(90)'
-child = subprocess.Popen([sys.executable, '-c', deaf])
+code = 'import signal, time; signal.signal(15, signal.SIG_IGN); time.sleep(90)'
+child = subprocess.Popen([sys.executable, '-c', code])
 open({str(tmp_path / 'pid')!r}, 'w').write(str(child.pid))
 time.sleep(90)
 """
@@ -66,45 +66,24 @@ time.sleep(90)
     assert not is_alive(int((tmp_path / 'pid').read_text()))
 
 
-STAGE = f"""
-import sys
-sys.path.insert(0, {str(BENCHMARKS)!r})
-from gpu_stages.stage import main
-def run(stage):
-    {{body}}
-main('{{name}}', run)
-"""
-
-
-def fake(bodies: dict[str, str]) -> Callable[..., list[str]]:
-    """Stages of other code: `command_of` with a body for each."""
-    real = gpu.command_of
-
-    def command_of(name: str, step: Any, seconds: float, args: argparse.Namespace) -> list[str]:
-        code = STAGE.format(body=bodies[name], name=name)
-        return [sys.executable, '-c', code, *real(name, step, seconds, args)[3:]]
-
-    return command_of
-
-
-def test_a_stage_that_fails_takes_no_other_along(monkeypatch, tmp_path, capsys) -> None:
-    plans = {name: gpu.Plan(0.2) for name in ('first', 'fails', 'hangs', 'lacks', 'last')}
+def test_other_stages_run_after_one_that_fails(monkeypatch, tmp_path, capsys) -> None:
+    plans = {name: gpu.Plan(0.2, takes_rest=name != 'hangs') for name in ('first', 'fails', 'hangs', 'lacks', 'last')}
     monkeypatch.setattr(gpu, 'PLANS', plans)
     bodies = {
         'first': "stage.emit('numbers', value=1 / 3, what='a|b')",
         'fails': "stage.emit('numbers', value=2); raise ValueError('bad')",
         'hangs': "stage.emit('numbers', value=3); import time; time.sleep(90)",
         'lacks': 'import a_package_that_is_not_there',
-        'last': "stage.emit('numbers', value=stage.left())",
+        'last': "stage.emit('numbers', value=stage.seconds_left())",
     }
-    monkeypatch.setattr(gpu, 'command_of', fake(bodies))
+    monkeypatch.setattr(gpu, 'command_of', fake_stages.fake_stages(bodies))
     out = tmp_path / 'report'
-    assert gpu.main(['--device', 'cpu', '--small', '--out', str(out), '--minutes', '0.5']) == 1
+    assert gpu.main(['--device', 'cpu', '--small', '--out', str(out), '--minutes', '0.25']) == 1
     assert sorted(path.name for path in out.iterdir()) == ['log.txt', 'report.md', 'rows.jsonl']
-    rows = stages.read_rows(out / 'rows.jsonl')
+    rows = read_rows(out / 'rows.jsonl')
     assert [row['stage'] for row in rows] == ['first', 'fails', 'hangs', 'lacks', 'last']
     assert rows[0]['value'] == 0.33333 and rows[3]['table'] == 'skipped'
-    assert 10 < rows[4]['value'] < 30  # what the others have left of the time is its own
+    assert 5 < rows[4]['value'] < 12  # more than its share of 3 s, since the others needed less
     report = (out / 'report.md').read_text()
     for line in (
         '| first |  | done |',
@@ -121,15 +100,15 @@ def test_a_stage_that_fails_takes_no_other_along(monkeypatch, tmp_path, capsys) 
     assert f'Report: {out / "report.md"}' in screen.splitlines()[-1]
 
 
-def test_what_is_cut_off_leaves_all_it_had(tmp_path) -> None:
-    """The whole program is ended in the middle of a stage: rows and report are there, and no process is left."""
+def test_program_that_is_ended_leaves_rows_and_report(tmp_path) -> None:
+    """The program is ended in the middle of a stage. It leaves rows and report, and no process."""
     code = f"""
 import sys
-sys.path[:0] = [{str(BENCHMARKS)!r}, {str(Path(__file__).parent)!r}]
-import gpu, test_gpu
+sys.path[:0] = [{str(BENCHMARKS)!r}, {str(Path(fake_stages.__file__).parent)!r}]
+import gpu, fake_stages
 gpu.PLANS = {{'hangs': gpu.Plan(1.0)}}
 body = "import os; stage.emit('numbers', value=7, pid=os.getpid()); import time; time.sleep(90)"
-gpu.command_of = test_gpu.fake({{'hangs': body}})
+gpu.command_of = fake_stages.fake_stages({{'hangs': body}})
 sys.exit(gpu.main(['--device', 'cpu', '--small', '--out', {str(tmp_path / 'out')!r}]))
 """
     program = subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.DEVNULL)
@@ -139,28 +118,34 @@ sys.exit(gpu.main(['--device', 'cpu', '--small', '--out', {str(tmp_path / 'out')
         time.sleep(0.2)
     program.send_signal(signal.SIGTERM)
     assert program.wait(timeout=30) == 143
-    (row,) = stages.read_rows(tmp_path / 'out' / 'rows.jsonl')
+    (row,) = read_rows(tmp_path / 'out' / 'rows.jsonl')
     assert row['value'] == 7 and not is_alive(row['pid'])
 
 
-def test_rows_that_were_cut_off(tmp_path) -> None:
+def test_incomplete_last_row(tmp_path) -> None:
     path = tmp_path / 'rows'
-    assert stages.read_rows(path) == []
+    assert read_rows(path) == []
     path.write_text('{"stage": "a", "value": 1}\n{"stage": "a", "va')
-    assert stages.read_rows(path) == [{'stage': 'a', 'value': 1}]
+    assert read_rows(path) == [{'stage': 'a', 'value': 1}]
 
 
-def make_stage(tmp_path: Path) -> stages.Stage:
-    return stages.Stage('units', 'cpu', True, time.monotonic() + 60, tmp_path / 'rows', None, [])
+def test_test_files_of_the_stage_correct_exist() -> None:
+    tests = BENCHMARKS.parent / 'tests'
+    for name in {*gpu.TESTS, *gpu.SMALL_TESTS}:
+        assert len([*tests.rglob(name)]) == 1, name
+
+
+def make_stage(tmp_path: Path) -> Stage:
+    return Stage('units', 'cpu', True, time.monotonic() + 60, tmp_path / 'rows', None, [])
 
 
 def test_parts_of_a_stage(tmp_path) -> None:
-    """One that fails is a row and takes no other along; numbers that JSON lacks are texts."""
+    """A part that fails adds a row, and the next parts run. Numbers that JSON lacks become strings."""
     stage = make_stage(tmp_path)
     assert not stage.attempt('first', lambda: 1 / 0)
     assert not stage.attempt('second', lambda: __import__('a_package_that_is_not_there'))
     assert stage.attempt('third', lambda: stage.emit('numbers', value=float('nan'), other=None))
-    first, second, third = stages.read_rows(stage.rows)
+    first, second, third = read_rows(stage.rows)
     assert first == dict(stage='units', table='errors', what='first', error='ZeroDivisionError: division by zero')
     assert second['table'] == 'skipped' and 'a_package_that_is_not_there' in second['reason']
     assert third['value'] == 'nan' and json.loads(stage.rows.read_text().splitlines()[-1])['other'] is None
@@ -176,49 +161,47 @@ def network(table: str, model: str, over: float, mode: str = '') -> dict[str, An
     return dict(stage='networks', table=table, mode=mode, model=model, over_resnet50=over, over_fused=over + 0.1)
 
 
-def test_predictions_beside_outcomes() -> None:
+def test_predictions_and_outcomes() -> None:
     rows = [
         unit(512, 'kernel', 20, 0.6),
         network('inference', 'atac_resnet50, fused, kernels', 0.94),
         network('training', 'atac_resnet50', 1.2),
-        network('training', 'atac_resnet50', 1.4, mode='compile_bf16'),  # another question
+        network('training', 'atac_resnet50', 1.4, mode='compile_bf16'),  # not part of the prediction
         network('training', 'seresnet50', 1.3),
     ]
-    outcomes = {claim.claim: claim.outcome for claim in gpu_report.predictions(rows)}
+    outcomes = {claim.claim: claim.outcome for claim in predictions(rows)}
     assert outcomes['unit of 512 channels by the kernel, share of a copy'] == '60%'
     assert outcomes['unit of 64 channels by the kernel, share of a copy'] == 'not measured'
     assert outcomes['inference of atac_resnet50, fused, kernels over resnet50, fused'] == '1.040: holds'
-    less = [claim for claim in gpu_report.predictions(rows) if claim.claim == 'training of atac_resnet50 over resnet50']
+    less = [claim for claim in predictions(rows) if claim.claim == 'training of atac_resnet50 over resnet50']
     assert [(claim.predicted, claim.outcome) for claim in less] == [
         ('at most 1.10', '1.200: does not hold'),
         ('less than seresnet50 (1.300)', '1.200: holds'),
     ]
 
 
-def test_where_the_kernel_wins() -> None:
-    """At every shape and in every type, beside the other forms that compute the same, or not at all."""
+def test_kernel_is_fastest() -> None:
+    """The kernel must be the fastest form for every shape and dtype, and the compiled form must be measured."""
     rows = [unit(64, form, us, 1 / us) for form, us in (('copy', 1), ('ReLU', 2), ('compiled', 5), ('kernel', 4))]
     rows += [unit(128, form, us, 1 / us) for form, us in (('compiled', 5), ('kernel', 4))]
     rows += [unit(128, form, us, 1 / us, 'float16') for form, us in (('compiled', 5), ('kernel', 6))]
-    rows += [unit(256, form, us, 1 / us) for form, us in (('folded', 5), ('kernel', 4))]  # compiled is owed yet
-    assert gpu_report.wins(rows) == {64: True, 128: False}
+    rows += [unit(256, form, us, 1 / us) for form, us in (('folded', 5), ('kernel', 4))]  # the compiled form is missing
+    assert kernel_is_fastest(rows) == {64: True, 128: False}
 
 
 def test_summary_fits_a_screen(tmp_path) -> None:
     rows = [dict(stage='correct', table='failures', test=f'test_{i}', why='x' * 500) for i in range(100)]
-    lines = gpu_report.summary(
-        rows, [gpu.Ended('correct', '', 'failed', 1.0)], arguments(tmp_path / 'out')
-    ).splitlines()
+    lines = summary(rows, [gpu.Ended('correct', '', 'failed', 1.0)], arguments(tmp_path / 'out')).splitlines()
     assert len(lines) <= 60 and 'more lines in the report' in lines[-2] and lines[-1].startswith('Report: ')
     assert max(map(len, lines)) <= 200
 
 
-def test_tiles_that_are_looked_for() -> None:
+def test_shapes_and_tiles_to_measure() -> None:
     tiles = pytest.importorskip('gpu_stages.tiles', reason='needs Triton')
-    rows = [unit(64, 'kernel', 1, 0.9), unit(64, 'folded', 2, 0.4)]  # it wins, and is near a copy
-    rows += [unit(256, 'kernel', 1, 0.6), unit(256, 'folded', 2, 0.4)]  # far from a copy
-    rows += [unit(512, 'kernel', 2, 0.5), unit(512, 'folded', 1, 0.9)]  # it loses
-    assert tiles.wanted(rows) == [(512, 7, 7), (256, 7, 7)]
+    rows = [unit(64, 'kernel', 1, 0.9), unit(64, 'folded', 2, 0.4)]  # the fastest form, and fast enough
+    rows += [unit(256, 'kernel', 1, 0.6), unit(256, 'folded', 2, 0.4)]  # too slow
+    rows += [unit(512, 'kernel', 2, 0.5), unit(512, 'folded', 1, 0.9)]  # not the fastest form
+    assert tiles.slow_shapes(rows) == [(512, 7, 7), (256, 7, 7)]
     used = tiles.Tile(128, 64, 32, 64, 4, 2)
     others = [used._replace(warps=8, stages=3), used._replace(stages=3), used._replace(positions=64)]
     assert [tiles.by_distance(used, others)[i] for i in (0, 2)] == [others[1], others[0]]
@@ -238,26 +221,26 @@ def test_wrong_arguments(options, message, tmp_path, capsys) -> None:
     assert message in capsys.readouterr().err
 
 
-def test_a_folder_that_is_not_empty(tmp_path, capsys) -> None:
+def test_folder_that_is_not_empty(tmp_path, capsys) -> None:
     (tmp_path / 'file').write_text('')
     with pytest.raises(SystemExit, match='2'):
         arguments(tmp_path)
-    assert 'is there already; give a new folder' in capsys.readouterr().err
+    assert 'is not empty or not a folder; give a new folder' in capsys.readouterr().err
     with pytest.raises(SystemExit, match='2'):
         gpu.parse(['--device', 'cpu', '--out', str(tmp_path / 'new')])
-    assert 'cpu goes with --small alone' in capsys.readouterr().err
+    assert 'cpu needs --small' in capsys.readouterr().err
 
 
 @pytest.mark.slow
 def test_every_stage_in_small(tmp_path) -> None:
-    """Nothing but PYTHONPATH: the entry point is not loaded, as where nothing is installed."""
+    """Without the entry point, as if nothing was installed, PYTHONPATH is enough."""
     out = tmp_path / 'report'
     command = [sys.executable, str(BENCHMARKS / 'gpu.py'), '--device', 'cpu', '--small', '--out', str(out)]
     env = {**os.environ, 'PYTHONPATH': str(BENCHMARKS.parent), 'TORCH_DEVICE_BACKEND_AUTOLOAD': '0'}
     done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
     log = (out / 'log.txt').read_text()
     assert done.returncode == 0, f'{done.stdout}\n{done.stderr}\n{log}'
-    rows = stages.read_rows(out / 'rows.jsonl')
+    rows = read_rows(out / 'rows.jsonl')
     assert not [row for row in rows if row['table'] in ('errors', 'failures')], log
     steps = (out / 'report.md').read_text().split('## ')[1].splitlines()
     assert steps[0] == 'Stages' and len(steps) > 10

@@ -1,5 +1,4 @@
-"""The benchmarks of the Triton kernels, in small: on a GPU, or interpreted
-(test_kernels_interpreted.py)."""
+"""The benchmarks of the Triton kernels in small sizes, on a GPU or interpreted (test_kernels_interpreted.py)."""
 
 from unittest import mock
 
@@ -9,11 +8,7 @@ import pytest
 import speed
 import timm
 import torch
-from kernel_units import (
-    DEVICE,
-    ERRORS,
-    skip_without_kernels,
-)
+from kernel_units import DEVICE, ERRORS, skip_without_kernels
 
 from timm_atac.kernels import atac
 

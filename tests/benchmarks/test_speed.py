@@ -22,7 +22,7 @@ def test_runs_take_turns() -> None:
 
 
 def test_peak_memory() -> None:
-    """4 MiB and 8 MiB at once, then 1 MiB: what is freed no longer counts."""
+    """4 MiB and 8 MiB at the same time, then 1 MiB: freed memory does not count."""
 
     def run() -> None:
         a = torch.zeros(1 << 20)
@@ -34,7 +34,7 @@ def test_peak_memory() -> None:
 
 
 def test_bytes_kept() -> None:
-    """A square keeps its input, a convolution its input too, its weight is its own; views count once."""
+    """A square and a convolution save their input. A weight belongs to its module. Views of one tensor count once."""
     x = torch.randn(2, 3, 5, 7, requires_grad=True)
     conv = nn.Conv2d(3, 4, 1)
     assert bytes_kept(lambda: x.square(), conv) == x.numel() * 4
@@ -67,7 +67,7 @@ def test_tables_and_picture(monkeypatch, capsys, tmp_path) -> None:
 
 
 @pytest.mark.parametrize('module', ['kernels', 'kernel_tiles', 'speed'])
-def test_benchmarks_of_kernels_without_one(monkeypatch, capsys, module) -> None:
+def test_error_without_kernels(monkeypatch, capsys, module) -> None:
     if module == 'kernel_tiles':
         pytest.importorskip('triton')
     main = importlib.import_module(module).main

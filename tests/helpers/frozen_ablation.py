@@ -1,8 +1,8 @@
-"""ablation.py with frozen norms, which then is the same in one process and in several.
+"""Runs ablation.py with frozen norms, so that one process and several processes compute the same.
 
     torchrun --nproc-per-node 2 tests/helpers/frozen_ablation.py OUTPUT
 
-The trained weights go to OUTPUT/weights.safetensors.
+The trained weights are written to OUTPUT/weights.safetensors.
 """
 
 import sys

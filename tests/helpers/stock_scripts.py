@@ -1,4 +1,4 @@
-"""Runs timm's own scripts, unchanged, through train_scripts/stock.py, on scikit-learn's digits as images."""
+"""Runs timm's own scripts with train_scripts/stock.py on scikit-learn's digits as images."""
 
 import csv
 import json
@@ -12,13 +12,13 @@ import stock
 
 MODEL = 'atac_resnet14_cifar'
 GREY = ('--input-size', '1', '16', '16')
-RGB = ('--input-size', '3', '16', '16')  # onnx_export.py, inference.py and benchmark.py know three channels only
+RGB = ('--input-size', '3', '16', '16')  # onnx_export.py, inference.py and benchmark.py only support three channels
 PIXELS = ('--mean', '0.3', '--std', '0.3')  # for every channel
 DIGITS = ('--num-classes', '10', '--device', 'cpu')
 SCHEDULE = ('--epochs', '2', '-b', '50', '--lr', '0.1', '--warmup-epochs', '0', '--no-aug', '-j', '1')
 
-# train.py (seen in timm 1.0.21 to 1.0.29.dev0) hands the CPU to DistributedDataParallel as `device_ids`, which is an
-# error there. As its --device-modules this module takes that argument away, and does nothing else.
+# train.py (timm 1.0.21 to 1.0.29.dev0) gives DistributedDataParallel the CPU as `device_ids`, which raises an error.
+# As train.py's --device-modules, this module removes the argument.
 CPU_DDP = """
 from torch.nn.parallel import DistributedDataParallel
 
@@ -35,7 +35,7 @@ DistributedDataParallel.__init__ = without_device_ids
 
 
 def reason_to_skip() -> str | None:
-    """Why timm's scripts cannot be run without a download, or None. A wrong TIMM_SCRIPTS is for the tests to find."""
+    """Return why timm's scripts cannot run without a download, or None. A wrong TIMM_SCRIPTS fails in the tests."""
     if os.environ.get('TIMM_SCRIPTS'):
         return None
     folder = stock.cache_folder(stock.installed_version())
@@ -48,10 +48,10 @@ def reason_to_skip() -> str | None:
 
 
 def run(*arguments: object, cwd: Path, env: dict[str, str] | None = None) -> str:
-    """The output of `stock.py ARGUMENTS`, standard error included.
+    """Return the output of `stock.py ARGUMENTS`, including standard error.
 
     Raises:
-        AssertionError: The script failed, or left no output.
+        AssertionError: The script failed or printed nothing.
     """
     result = subprocess.run(
         [sys.executable, stock.__file__, *map(str, arguments)],
@@ -68,12 +68,12 @@ def run(*arguments: object, cwd: Path, env: dict[str, str] | None = None) -> str
 
 
 def results(output: str) -> Any:
-    """What a script prints as JSON at its end."""
+    """Return the JSON that a script prints at its end."""
     return json.loads(output.rpartition('--result')[2])
 
 
 class Run(NamedTuple):
-    """What train.py left."""
+    """The results of train.py."""
 
     folder: Path
     rows: list[dict[str, float]]  # of summary.csv
@@ -89,7 +89,7 @@ class Run(NamedTuple):
 
 
 def train(data: Path, folder: Path, *arguments: object, launcher: tuple[str, ...] = (), **env: str) -> Run:
-    """Run train.py with the digits in `data` until `folder` has its checkpoints."""
+    """Train with train.py on the digits in `data`. The checkpoints are written to `folder`."""
     command = (*launcher, 'train.py', '--data-dir', data, '--output', folder.parent, '--experiment', folder.name)
     output = run(*command, *arguments, cwd=folder.parent, env=env)
     with open(folder / 'summary.csv', newline='') as file:
@@ -99,7 +99,7 @@ def train(data: Path, folder: Path, *arguments: object, launcher: tuple[str, ...
 
 
 def validate(data: Path, checkpoint: Path, *arguments: object) -> float:
-    """Top-1 of a checkpoint, by validate.py, which rounds it to four places."""
+    """Return the top-1 accuracy of a checkpoint from validate.py, which rounds it to four decimals."""
     command = ('validate.py', '--data-dir', data, '--checkpoint', checkpoint, '-j', '1', *PIXELS, *DIGITS)
     top1 = results(run(*command, *arguments, cwd=checkpoint.parent))['top1']
     print(f'top-1 {top1}')

@@ -1,4 +1,4 @@
-"""timm's own model tests, bound to our models: the file comes with timm's sdist from the package index."""
+"""Runs timm's own model tests with our models. The test file is in timm's sdist on the package index."""
 
 import importlib.util
 import os
@@ -18,14 +18,14 @@ _CACHE = Path(__file__).parents[2] / '.cache'
 
 
 class OurNames(list):
-    """Model names of ours: what timm's tests get for a list of models."""
+    """Names of our models, which timm's tests get instead of timm's."""
 
 
 def fetch() -> Path:
-    """Get `tests/test_models.py` of the installed timm, from the cache or the package index.
+    """Return the path of `tests/test_models.py` of the installed timm. It is downloaded once.
 
     Raises:
-        subprocess.CalledProcessError: pip could not get the sdist; `stderr` says why.
+        subprocess.CalledProcessError: pip could not download the sdist; `stderr` has the reason.
     """
     target = _CACHE / f'timm-{timm.__version__}' / 'test_models.py'
     if target.exists():
@@ -61,10 +61,10 @@ def fetch() -> Path:
 
 
 def load(path: Path) -> ModuleType:
-    """Import timm's test file so that each list of models in it is a list of ours.
+    """Import timm's test file with our models in each of its lists of models.
 
-    timm names the module families that get its tests of intermediate features; the family is ignored here, so that
-    ours get them as well.
+    timm only tests the intermediate features of some model families. The family is ignored here, so that our models are
+    tested too.
     """
     list_models = timm.list_models
 
@@ -76,7 +76,7 @@ def load(path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location('timm_test_models', path)
     assert spec is not None and spec.loader is not None
     tests = importlib.util.module_from_spec(spec)
-    timm.list_models = list_ours  # type: ignore[assignment]  # less precise on purpose
+    timm.list_models = list_ours  # type: ignore[assignment]  # the signature is less precise
     try:
         spec.loader.exec_module(tests)
     finally:
@@ -85,7 +85,7 @@ def load(path: Path) -> ModuleType:
 
 
 def select(tests: ModuleType) -> dict[str, Callable]:
-    """The test functions that run over a list of models and need no download."""
+    """Return the test functions that are parametrized over a list of models and need no download."""
     return {
         name: function
         for name, function in vars(tests).items()

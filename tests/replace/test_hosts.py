@@ -1,32 +1,34 @@
-"""docs/coverage.md says what is true of timm's own models."""
+"""docs/coverage.md agrees with tools/host_coverage.py and with timm's models."""
 
+import math
 import re
 from collections.abc import Iterator
 from typing import Any
 
-import host_coverage as hosts
+import host_coverage
 import pytest
 import timm
 import torch
 import torch.nn as nn
 from packaging.version import Version
 
-FEW = 2  # models: in modules up to here the smallest is looked for in every run
-SMALL = 2.0  # million parameters: a model up to here is walked in every run, all others with --all-hosts
-WAYS = {'By `act_layer`': hosts.by_act_layer, 'By `replace_activations`': hosts.by_replacing}
-PAGE = hosts.PAGE.read_text()
+FEW = 2  # modules with at most 2 models: the smallest is determined in every run
+SMALL = 2.0  # models with at most 2 million parameters are tested in every run, all others with --all-hosts
+QUICK = {'By `act_layer`': SMALL, 'By `replace_activations`': 1.0}  # the same, with -m 'not slow'
+WAYS = {'By `act_layer`': host_coverage.by_act_layer, 'By `replace_activations`': host_coverage.by_replacing}
+PAGE = host_coverage.PAGE.read_text()
 TIMM = PAGE.splitlines()[0].split()[-1]
 
 pytestmark = pytest.mark.skipif(
-    Version(timm.__version__) < Version(TIMM), reason=f'docs/coverage.md is about timm {TIMM}, which is newer'
+    Version(timm.__version__) < Version(TIMM), reason=f'docs/coverage.md is for timm {TIMM}, which is newer'
 )
 
 
 def table() -> dict[tuple[str, str], str]:
-    """The rows of the page, by title and module."""
+    """Return the rows of the page by title and module."""
     rows, title = {}, ''
     for line in PAGE.splitlines():
-        if line == hosts.EVERY_MODEL:
+        if line == host_coverage.EVERY_MODEL:
             break
         if line.startswith('## '):
             title = line.removeprefix('## ')
@@ -35,14 +37,19 @@ def table() -> dict[tuple[str, str], str]:
     return rows
 
 
-def small(row: str) -> bool:
-    millions = re.match(r'([\d.]+) M \+', row.split(' | ')[5])
-    return millions is not None and float(millions[1]) <= SMALL
+def millions(row: str) -> float:
+    """Return the host's parameters in millions; infinity if the row does not have them."""
+    found = re.match(r'([\d.]+) M \+', row.split(' | ')[5])
+    return float(found[1]) if found else math.inf
 
 
 def cases() -> Iterator:
     for (title, module), row in table().items():
-        marks = [] if small(row) else [pytest.mark.slow, pytest.mark.all_hosts]
+        marks = []
+        if millions(row) > QUICK[title]:
+            marks.append(pytest.mark.slow)
+        if millions(row) > SMALL:
+            marks.append(pytest.mark.all_hosts)
         yield pytest.param(title, module, marks=marks, id=f'{WAYS[title].__name__}-{module}')
 
 
@@ -51,12 +58,12 @@ def cases() -> Iterator:
 def test_row(title, module) -> None:
     row = table()[title, module]
     model = row.split(' | ')[1]
-    assert str(WAYS[title](module, model)) == row, 'python tools/host_coverage.py writes the page anew'
+    assert str(WAYS[title](module, model)) == row, 'run python tools/host_coverage.py'
 
 
 def modules() -> Iterator:
-    """To find the smallest model all of a module are built, which takes longer than to walk through it."""
-    for module in hosts.host_modules():
+    """Yield all modules. Those with many models are slow, since all are built to find the smallest."""
+    for module in host_coverage.host_modules():
         few = len(timm.list_models(module=module)) <= FEW
         yield pytest.param(module, marks=[] if few else [pytest.mark.slow, pytest.mark.all_hosts])
 
@@ -64,25 +71,32 @@ def modules() -> Iterator:
 @pytest.mark.parametrize('module', list(modules()))
 def test_row_is_of_the_smallest_model(module) -> None:
     rows = table()
-    first = [name for name in hosts.by_size(module) if hosts.takes_act_layer(name)] or hosts.by_size(module)
-    assert rows['By `act_layer`', module].split(' | ')[1] == first[0]
-    assert rows['By `replace_activations`', module].split(' | ')[1] == hosts.by_size(module)[0]
+    names = host_coverage.by_size(module)
+    smallest = next((name for name in names if host_coverage.takes_act_layer(name)), names[0])
+    assert rows['By `act_layer`', module].split(' | ')[1] == smallest
+    assert rows['By `replace_activations`', module].split(' | ')[1] == names[0]
 
 
-def test_every_module_is_there() -> None:
+def test_text_of_the_page() -> None:
+    """The page without its last section is what `page_text` returns for its rows."""
+    rows = [host_coverage.Row(*row.strip('| ').split(' | ')) for row in table().values()]
+    assert PAGE.startswith(host_coverage.page_text(rows, TIMM))
+
+
+def test_every_module_has_rows() -> None:
     rows = table()
     for title in WAYS:
-        missing = [module for module in hosts.host_modules() if (title, module) not in rows]
-        assert not missing, 'python tools/host_coverage.py writes the page anew'
-    assert sum(small(row) for row in rows.values()) >= 20
+        missing = [module for module in host_coverage.host_modules() if (title, module) not in rows]
+        assert not missing, 'run python tools/host_coverage.py'
+    assert sum(millions(row) <= SMALL for row in rows.values()) >= 20
 
 
 @pytest.mark.slow
 @pytest.mark.all_hosts
 @pytest.mark.timeout(3600)
 def test_every_model() -> None:
-    text = hosts.all_models_text(hosts.all_models(workers=2))
-    assert PAGE.endswith(text), 'python tools/host_coverage.py writes the page anew'
+    text = host_coverage.all_models_text(host_coverage.all_models(workers=2))
+    assert PAGE.endswith(text), 'run python tools/host_coverage.py'
 
 
 @pytest.mark.parametrize(
@@ -90,13 +104,13 @@ def test_every_model() -> None:
     [
         ('efficientnet_b0', 'name', 'ok'),
         ('resnetv2_50', 'name', 'ok'),
-        ('ecaresnet26t', 'name', 'ok'),  # an activation behind attention with one channel inside
+        ('ecaresnet26t', 'name', 'ok'),  # an activation after attention that has one channel inside
         ('nf_resnet50', 'name', 'ok'),  # a network with 'norm' in its name
-        ('levit_128s', 'name', 'ok'),  # first in a container; tokens
+        ('levit_128s', 'name', 'ok'),  # an activation that is first in its container; tokens
         ('mambaout_femto', 'name', 'ok'),
         ('vit_pwee_patch16_reg1_gap_256', 'name', 'ok'),
         ('gemma4_vit_167m', 'class', 'ok'),
-        ('dm_nfnet_f0', '-', 'takes act_layer and has no activation of it'),
+        ('dm_nfnet_f0', '-', 'takes act_layer but creates no activation from it'),
         ('res2net50_14w_8s', '-', "ValueError: ATACMe at 'relu' of timm.models.res2net.Bottle2neck"),
         ('efficientnet_b1_pruned', '-', 'KeyError'),
     ],
@@ -104,29 +118,29 @@ def test_every_model() -> None:
 def test_widths(name, way, result) -> None:
     if not timm.is_model(name):
         pytest.skip(f'this timm has no {name}')
-    found = hosts.widths(name)
+    found = host_coverage.check_widths(name)
     assert found[:2] == (name, way)
     assert found[2].startswith(result)
 
 
-def test_a_wrong_width_is_found() -> None:
-    """The walk compares with what runs: it must see a unit for other channels, or with them in another place."""
+def test_wrong_width_is_found() -> None:
+    """`input_layouts` finds a unit that is for another number of channels or for another layout."""
     model = timm.create_model('test_resnet', act_layer='atac')
-    x = hosts.image('test_resnet')
-    assert hosts.executed(model, x) == {'NCHW'}
-    unit: Any = hosts.units(model)[0]
-    unit.forward = lambda x: x  # its own check is not what is tested here
+    x = host_coverage.sample_input('test_resnet')
+    assert host_coverage.input_layouts(model, x) == {'NCHW'}
+    unit: Any = host_coverage.units(model)[0]
+    unit.forward = lambda x: x  # without its own check
     unit.channels = 1
-    with pytest.raises(hosts.Failure, match='channels in NCHW meet a unit for 1 in NCHW'):
-        hosts.executed(model, x)
+    with pytest.raises(host_coverage.Failure, match=r'a unit for 1 channels in NCHW gets \d+ in NCHW'):
+        host_coverage.input_layouts(model, x)
     unit.channels, unit.input_fmt = unit.conv1.in_channels, 'NLC'
-    with pytest.raises(hosts.Failure, match=r'channels in NCHW meet a unit for .* in NLC'):
-        hosts.executed(model, x)
+    with pytest.raises(host_coverage.Failure, match=r'a unit for .* channels in NLC gets .* in NCHW'):
+        host_coverage.input_layouts(model, x)
 
 
-def test_a_parameter_that_does_not_move_is_found() -> None:
+def test_unchanged_parameter_is_found() -> None:
     model = timm.create_model('test_resnet', act_layer='atac')
-    unit = hosts.units(model)[0]
+    unit = host_coverage.units(model)[0]
     unit.register_parameter('unused', nn.Parameter(torch.zeros(3)))
-    with pytest.raises(hosts.Failure, match=r'1 of .* parameters of units do not move'):
-        hosts.step(model, hosts.image('test_resnet'))
+    with pytest.raises(host_coverage.Failure, match=r'1 of .* parameters of units do not change'):
+        host_coverage.train_units(model, host_coverage.sample_input('test_resnet'))

@@ -16,14 +16,9 @@ from PIL import Image
 from torchvision.transforms import functional as TF
 
 image_data = pytest.importorskip('ablations.image_data', reason="needs the packages of the extra 'ablation'")
+sample_images = pytest.importorskip('sample_images')
+numbered_images, write_image_folder = sample_images.numbered_images, sample_images.write_image_folder
 pytest.importorskip('sklearn', reason="needs the packages of the extra 'ablation'")
-
-
-def make(count: int, size: int = 8, in_chans: int = 3) -> Any:
-    """Random images, each with its own number as its label."""
-    images = torch.randint(256, (count, in_chans, size, size), dtype=torch.uint8)
-    split = (images, torch.arange(count))
-    return image_data.ImageData(split, split, [str(i) for i in range(count)], (0.2,) * in_chans, (0.5,) * in_chans)
 
 
 def test_digits() -> None:
@@ -34,12 +29,12 @@ def test_digits() -> None:
     assert (images.min(), images.max()) == (0, 255)
     assert set(labels.tolist()) == set(range(10)) and len(data.classes) == 10
     everything = torch.cat([images, data.test[0]]).flatten(1)
-    assert len(everything.unique(dim=0)) == 1797  # nothing is in both
+    assert len(everything.unique(dim=0)) == 1797  # no image is in both
     assert (data.normalize(images).min(), data.normalize(images).max()) == (0, 1)
 
 
 def test_cifar(monkeypatch, tmp_path) -> None:
-    """What torchvision's classes hold, as the network takes it."""
+    """The images of torchvision's classes are normalized as in the authors' script."""
     pixels = np.arange(2 * 32 * 32 * 3, dtype=np.uint32).reshape(2, 32, 32, 3).astype(np.uint8)
     asked = []
 
@@ -56,12 +51,15 @@ def test_cifar(monkeypatch, tmp_path) -> None:
 
 
 def test_no_cifar(tmp_path) -> None:
-    with pytest.raises(image_data.DataError, match=r'cifar100 is not in .*give its place by --data-dir, or --download'):
+    with pytest.raises(
+        image_data.DataError,
+        match=r'cifar100 is missing or damaged in .* as --data-dir, or add --download',
+    ):
         image_data.load('cifar100', 32, tmp_path, download=False)
 
 
 def cifar100_files(root: Path, monkeypatch: Any) -> Any:
-    """Three images as CIFAR-100's python files, in an archive as torchvision downloads it."""
+    """Write three images in the format of the archive that torchvision downloads for CIFAR-100."""
     pixels = np.arange(3 * 3072, dtype=np.uint32).astype(np.uint8).reshape(3, 3072)
     meta = {
         'fine_label_names': [f'fine {i}' for i in range(100)],
@@ -90,7 +88,7 @@ def cifar100_files(root: Path, monkeypatch: Any) -> Any:
 
 
 def test_cifar100_coarse(monkeypatch, tmp_path) -> None:
-    """The 20 superclasses, and networks with the 100 outputs that the authors' have."""
+    """It has 20 superclasses, and its networks have 100 outputs, as the authors' networks."""
     pixels = cifar100_files(tmp_path, monkeypatch)
     fine, coarse = (image_data.load(name, 32, tmp_path, download=True) for name in ('cifar100', 'cifar100_coarse'))
     assert (fine.train[1].tolist(), fine.test[1].tolist()) == ([99, 5, 50], [7])
@@ -102,13 +100,13 @@ def test_cifar100_coarse(monkeypatch, tmp_path) -> None:
     assert grid.create_model(run, len(coarse.classes), 3, coarse.mean, coarse.std).num_classes == 100
 
 
-def test_cifar100_coarse_that_was_changed(monkeypatch, tmp_path) -> None:
-    """A file with another sum is not read."""
+def test_changed_cifar100_coarse(monkeypatch, tmp_path) -> None:
+    """A file with another checksum is not read."""
     cifar100_files(tmp_path, monkeypatch)
     image_data.load('cifar100_coarse', 32, tmp_path, download=True)
     path = tmp_path / 'cifar-100-python' / 'train'
     path.write_bytes(path.read_bytes() + b'.')
-    with pytest.raises(image_data.DataError, match=r'cifar100_coarse is not in .*, or not whole'):
+    with pytest.raises(image_data.DataError, match=r'cifar100_coarse is missing or damaged in '):
         image_data.load('cifar100_coarse', 32, tmp_path, download=False)
 
 
@@ -134,53 +132,29 @@ def test_cifar10_jpeg(monkeypatch, tmp_path) -> None:
 @pytest.mark.parametrize(
     'spoil, message',
     [
-        (lambda root: shutil.rmtree(root), 'is not in .*: give its place by --data-dir, or get it by `git clone'),
+        (lambda root: shutil.rmtree(root), 'is not in .*: give its parent folder as --data-dir, or run `git clone'),
         (
             lambda root: (root / 'train' / 'cat' / '0001.jpg').unlink(),
-            r"train is not whole: expected 2 images of each class, found \{'cat': 1\}",
+            r"train is incomplete: expected 2 images of each class, found \{'cat': 1\}",
         ),
         (
             lambda root: [(root / split / 'cat').rename(root / split / 'lion') for split in ('train', 'test')],
-            r"train is not whole: expected 2 images of each class, found \{'cat': 0, 'lion': 2\}",
+            r"train is incomplete: expected 2 images of each class, found \{'cat': 0, 'lion': 2\}",
         ),
         (lambda root: (root / 'test' / 'dog' / '0000.jpg').write_bytes(b''), r'0000\.jpg cannot be read'),
     ],
 )
-def test_cifar10_jpeg_that_is_not_whole(spoil, message, monkeypatch, tmp_path) -> None:
+def test_incomplete_cifar10_jpeg(spoil, message, monkeypatch, tmp_path) -> None:
     monkeypatch.setattr(image_data, 'CIFAR10_COUNTS', (2, 1))
     spoil(jpeg_copy(tmp_path / 'cifar10-jpeg'))
     with pytest.raises(image_data.DataError, match=message):
         image_data.load('cifar10-jpeg', 32, tmp_path, download=False)
 
 
-def test_hold_out() -> None:
-    """Training images take the test set's place: other ones, always the same, none of the test set."""
-    data = make(23)._replace(test=make(5).test)
-    found, again = image_data.hold_out(data, 6), image_data.hold_out(data, 6)
-    assert (len(found.train[0]), len(found.test[0])) == (17, 6)
-    labels = torch.cat([found.train[1], found.test[1]])  # each image has its own
-    assert sorted(labels.tolist()) == list(range(23))
-    for images, numbers in (found.train, found.test):
-        assert torch.equal(images, data.train[0][numbers])
-    assert torch.equal(again.test[1], found.test[1])
-    assert image_data.hold_out(data, 0) is data
-    with pytest.raises(image_data.DataError, match='--hold-out 23: expected less than the 23 training images'):
-        image_data.hold_out(data, 23)
-
-
-def folder(root: Path, mode: str = 'RGB', splits: tuple[str, ...] = ('train', 'val')) -> Path:
-    for split in splits:
-        for i, name in enumerate(('cat', 'dog')):
-            (root / split / name).mkdir(parents=True)
-            for j in range(2):
-                Image.new(mode, (20 + j, 30), 'white' if i else 'black').save(root / split / name / f'{j}.png')
-    return root
-
-
 @pytest.mark.parametrize('mode, in_chans', [('RGB', 3), ('L', 1)])
 @pytest.mark.parametrize('test_split', ['val', 'validation', 'test'])
 def test_folder(mode, in_chans, test_split, tmp_path) -> None:
-    data = image_data.load(str(folder(tmp_path, mode, ('train', test_split))), 12, tmp_path, download=False)
+    data = image_data.load(str(write_image_folder(tmp_path, mode, ('train', test_split))), 12, tmp_path, download=False)
     assert data.classes == ['cat', 'dog'] and data.in_chans == in_chans
     assert data.train[0].shape == (4, in_chans, 12, 12)
     assert data.train[1].tolist() == [0, 0, 1, 1]
@@ -191,16 +165,19 @@ def test_folder(mode, in_chans, test_split, tmp_path) -> None:
 
 
 def test_grey_images_among_others(tmp_path) -> None:
-    Image.new('L', (9, 9)).save(folder(tmp_path) / 'train' / 'cat' / '0.png')
+    Image.new('L', (9, 9)).save(write_image_folder(tmp_path) / 'train' / 'cat' / '0.png')
     assert image_data.load(str(tmp_path), 12, tmp_path, download=False).in_chans == 3
 
 
 @pytest.mark.parametrize(
     'spoil, message',
     [
-        (lambda root: (root / 'val').rename(root / 'valid'), 'expected an image folder with train and one of val'),
-        (lambda root: (root / 'train').rename(root / 'training'), 'expected an image folder with train'),
-        (lambda root: (root / 'val' / 'dog').rename(root / 'val' / 'wolf'), 'only in one: dog, wolf'),
+        (
+            lambda root: (root / 'val').rename(root / 'valid'),
+            'an image folder that contains train and one of val',
+        ),
+        (lambda root: (root / 'train').rename(root / 'training'), 'expected an image folder that contains train'),
+        (lambda root: (root / 'val' / 'dog').rename(root / 'val' / 'wolf'), 'only one has dog, wolf'),
         (
             lambda root: [path.unlink() for path in (root / 'train' / 'cat').iterdir()],
             'no valid file for the classes cat',
@@ -210,14 +187,14 @@ def test_grey_images_among_others(tmp_path) -> None:
     ],
 )
 def test_wrong_folder(spoil, message, tmp_path) -> None:
-    spoil(folder(tmp_path))
+    spoil(write_image_folder(tmp_path))
     with pytest.raises(image_data.DataError, match=message):
         image_data.load(str(tmp_path), 12, tmp_path, download=False)
 
 
 def test_crop_and_flip() -> None:
-    """The same as torchvision's functions, image by image."""
-    data = make(6, size=7)
+    """The result is equal to torchvision's functions for each image."""
+    data = numbered_images(6, size=7)
     tops, lefts = torch.tensor([0, 1, 2, 3, 4, 4]), torch.tensor([4, 0, 3, 1, 2, 4])
     flips = torch.tensor([True, False] * 3)
     index = torch.tensor([5, 0, 3, 3, 1, 2])
@@ -229,7 +206,7 @@ def test_crop_and_flip() -> None:
 
 
 def test_batches_without_augmentation() -> None:
-    data = make(23)
+    data = numbered_images(23)
     images, labels = zip(*image_data.batches(data, 5, augment=False, seed=1), strict=True)
     assert [len(batch) for batch in images] == [5] * 4  # the last three are left out
     seen = torch.cat(labels)
@@ -242,7 +219,7 @@ def test_batches_without_augmentation() -> None:
 
 @pytest.mark.parametrize('augment', [False, True])
 def test_processes_share_the_batches_of_one(augment) -> None:
-    data = make(23)
+    data = numbered_images(23)
     whole = list(image_data.batches(data, 6, augment, seed=3))
     parts = [list(image_data.batches(data, 6, augment, seed=3, rank=rank, processes=3)) for rank in range(3)]
     assert [len(part) for part in parts] == [len(whole)] * 3
@@ -251,8 +228,8 @@ def test_processes_share_the_batches_of_one(augment) -> None:
         assert torch.equal(labels, torch.cat([share for _, share in shares]))
 
 
-def test_augmentation_is_that_of_the_authors() -> None:
-    """Pad 4, crop at random, flip half: one bright pixel in the middle turns up everywhere it can, and nowhere else."""
+def test_augmentation_of_the_authors() -> None:
+    """Pad 4, crop at random, flip half: one bright pixel occurs at each possible position, and at no other."""
     images = torch.zeros(4000, 1, 32, 32, dtype=torch.uint8)
     images[:, :, 15, 10] = 255
     split = (images, torch.zeros(4000, dtype=torch.long))
@@ -264,4 +241,4 @@ def test_augmentation_is_that_of_the_authors() -> None:
     assert sorted(columns.unique().tolist()) == [*range(6, 15), *range(17, 26)]
     assert (columns > 15).float().mean().item() == pytest.approx(0.5, abs=0.03)
     counts = torch.bincount(rows - 11)
-    assert counts.min() > 4000 / 9 * 0.8  # no place is favoured
+    assert counts.min() > 4000 / 9 * 0.8  # all positions are equally likely

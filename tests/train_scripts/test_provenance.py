@@ -15,23 +15,24 @@ provenance = pytest.importorskip('ablations.provenance', reason="needs the packa
 def test_setups_of_a_resumed_run() -> None:
     first = provenance.Setup('cpu', 'contiguous', 'eager', 'abc')
     second = provenance.Setup('cpu', 'channels_last', 'eager', 'def')
-    both = provenance.joined([first, second])
+    both = provenance.join_setups([first, second])
     assert both[:4] == ('cpu', 'contiguous + channels_last', 'eager', 'abc + def')
-    assert provenance.joined([both, second]) == both
-    assert provenance.joined([first, first]) == first
+    assert provenance.join_setups([both, second]) == both
+    assert provenance.join_setups([first, first]) == first
 
 
 @pytest.mark.parametrize('state', ['clean', 'dirty', 'untracked', 'no repository', 'installed elsewhere'])
 def test_commit(state, tmp_path, monkeypatch) -> None:
-    """Of the repository that has the file and the package: not of one around them, or of code that does not run."""
+    """The commit is only known if git tracks the file and the package is imported from the same checkout."""
 
     def git(*command: str) -> str:
         identity = ('-c', 'user.name=a', '-c', 'user.email=a@b')
         done = subprocess.run(['git', *identity, *command], cwd=tmp_path, check=True, capture_output=True, text=True)
         return done.stdout.strip()
 
-    (tmp_path / 'train_scripts').mkdir()
-    script: Any = Path(shutil.copy(provenance.__file__, tmp_path / 'train_scripts' / 'provenance.py'))
+    folder = tmp_path / 'train_scripts' / 'ablations'
+    folder.mkdir(parents=True)
+    script: Any = Path(shutil.copy(provenance.__file__, folder / 'provenance.py'))
     package = tmp_path / ('timm_atac' if state != 'installed elsewhere' else 'elsewhere/timm_atac') / '__init__.py'
     other = tmp_path / 'other.txt'
     other.write_text('')
@@ -58,6 +59,6 @@ def test_data_hash() -> None:
     assert found != provenance.data_hash([images.t().contiguous(), labels])
 
 
-def test_device_says_which_processor() -> None:
+def test_device_name_has_the_cpu() -> None:
     assert provenance.device_name(torch.device('cpu')).endswith(f', {torch.get_num_threads()} threads')
     assert torch.backends.cpu.get_cpu_capability() in provenance.device_name(torch.device('cpu'))

@@ -1,9 +1,8 @@
-"""train_scripts/*.yaml, the recipes for timm's `train.py --config`: schedules, decay, models and images they make."""
+"""train_scripts/*.yaml, recipes for timm's `train.py --config`: their schedules, weight decay, models and images."""
 
 import math
 import random
 from argparse import Namespace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,30 +10,27 @@ import pytest
 import timm
 import torch
 import torch.nn as nn
-import yaml
 from PIL import Image
+from recipes import RECIPES
 from timm.data import create_transform, resolve_data_config
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from train_options import load_options, nearest
 
-FOLDER = Path(__file__).parents[2] / 'train_scripts'
-TEXTS = {path.stem: path.read_text() for path in sorted(FOLDER.glob('*.yaml'))}
-RECIPES: dict[str, dict[str, Any]] = {name: yaml.safe_load(text) for name, text in TEXTS.items()}
 OPTIONS = load_options(nearest(timm.__version__))
 IMAGENET, MODERN = 'imagenet_atac_resnet50', 'imagenet_atac_resnet50_modern'
-UPDATES = 1281167 // 256  # of an epoch of ImageNet, as the authors' script and timm's loader have it
+UPDATES = 1281167 // 256  # updates per epoch of ImageNet in the authors' script and with timm's loader
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 
 
 def namespace(name: str, **command_line: Any) -> Namespace:
-    """What train.py's parser makes of a recipe and more options."""
+    """Return the arguments that train.py's parser returns for a recipe and more options."""
     defaults = {dest: option['default'] for dest, option in OPTIONS.items()}
     return Namespace(**{**defaults, **RECIPES[name], **command_line})
 
 
 def create(args: Namespace) -> Any:
-    """The model, with all that train.py passes on from its options."""
+    """Create the model with all arguments that train.py takes from its options."""
     return timm.create_model(
         args.model,
         in_chans=args.input_size[0] if args.input_size else 3,
@@ -51,7 +47,7 @@ def create(args: Namespace) -> Any:
 
 
 def create_optimizer(args: Namespace, model: nn.Module, images: int = 256) -> torch.optim.Optimizer:
-    """The optimizer for `images` an update, over all processes and accumulated batches, as train.py creates it."""
+    """Create the optimizer as train.py does, for `images` per update over all processes and accumulated batches."""
     if not args.lr:
         ratio = images / args.lr_base_size
         args.lr = args.lr_base * (math.sqrt(ratio) if args.lr_base_scale == 'sqrt' else ratio)
@@ -59,7 +55,7 @@ def create_optimizer(args: Namespace, model: nn.Module, images: int = 256) -> to
 
 
 class Schedule:
-    """Learning rates as train.py steps through them, `images` an update and `updates` an epoch."""
+    """The learning rates of train.py, for `images` per update and `updates` per epoch."""
 
     def __init__(self, name: str, images: int, updates: int) -> None:
         args = namespace(name)
@@ -69,7 +65,7 @@ class Schedule:
         self.scheduler, self.epochs = create_scheduler_v2(self.optimizer, **kwargs, updates_per_epoch=updates)
 
     def lr(self, update: int) -> float:
-        """The rate of an update, counted from 0."""
+        """Return the learning rate of an update, counted from 0."""
         self.scheduler.step(update // self.updates)
         self.scheduler.step_update(update)
         (rate,) = {group['lr'] for group in self.optimizer.param_groups}
@@ -96,7 +92,10 @@ def test_peak_and_length(name: str, images: int, updates: int, lr: float, epochs
 
 
 def authors_imagenet_lr(update: int) -> float:
-    """Rate of the authors' update, counted from 1: train_imagenet.py with LRSequential of gluon-cv 0.6.0."""
+    """Return the authors' learning rate of an update, counted from 1.
+
+    Source: train_imagenet.py, LRSequential of gluon-cv 0.6.0.
+    """
     warmup, rest = 5 * UPDATES, 155 * UPDATES
     if update < warmup:
         return 0.075 * update / (warmup - 1)
@@ -117,7 +116,7 @@ def authors_imagenet_lr(update: int) -> float:
     ],
 )
 def test_authors_formula_is_their_log(epoch: int, batch: int, lr: float) -> None:
-    """Lines of params/resnet50_v1b_ChaATAC_2.log; a batch across the end of an epoch belongs to the one before."""
+    """The values are lines of params/resnet50_v1b_ChaATAC_2.log. A batch across two epochs belongs to the first."""
     assert authors_imagenet_lr(math.ceil(epoch * 1281167 / 256) + batch + 1) == pytest.approx(lr, abs=5.1e-7)
 
 
@@ -170,7 +169,7 @@ def test_optimizer(name: str) -> None:
     [(IMAGENET, False), (MODERN, False), ('cifar10', True), ('cifar100', True), ('digits', True)],
 )
 def test_weight_decay(name: str, everything: bool) -> None:
-    """The authors' --no-wd on ImageNet leaves convolutions and the classifier's weight; on CIFAR all decay."""
+    """With the authors' --no-wd on ImageNet only weights of convolutions and classifier decay; on CIFAR all do."""
     args = namespace(name)
     with torch.device('meta'):
         model = create(args)
@@ -246,14 +245,14 @@ AUTHORS_STD = tuple(pixel / 255 for pixel in (58.393, 57.12, 57.375))
     ],
 )
 def test_data_config(name: str, model: str, config: tuple) -> None:
-    """It is the recipe's, whatever the model's own."""
+    """The data configuration is the recipe's, whatever the model's is."""
     own: Any = timm.models.get_pretrained_cfg(model)
     found = resolve_data_config(vars(namespace(name)), pretrained_cfg=own.to_dict())
     assert tuple(found[key] for key in ('input_size', 'interpolation', 'mean', 'std', 'crop_pct')) == config
 
 
 def crops(image: np.ndarray, count: int, **command_line: Any) -> list[np.ndarray]:
-    """Training images that the CIFAR recipe makes of one, unflipped."""
+    """Return training images that the CIFAR recipe makes from one image, without flips."""
     args = namespace('cifar10', hflip=0.0, **command_line)
     transform = create_transform(
         args.input_size,
@@ -271,7 +270,7 @@ def crops(image: np.ndarray, count: int, **command_line: Any) -> list[np.ndarray
 
 
 def test_padded_cifar_is_cropped_as_the_authors() -> None:
-    """`--scale 0.64 0.64`, of training images with 4 black pixels around: each of the 81 places, nothing scaled."""
+    """`--scale 0.64 0.64` crops padded training images at each of the 81 positions, and does not scale them."""
     image = np.random.default_rng(0).integers(1, 256, (32, 32, 3), dtype=np.uint8)
     padded = np.pad(image, ((4, 4), (4, 4), (0, 0)))
     expected = {padded[y : y + 32, x : x + 32].tobytes() for y in range(9) for x in range(9)}

@@ -23,13 +23,13 @@ VERSION = '1.0.99'  # of the archives
 SHOW = r"""
 import json, os, sys
 said = [sys.argv, os.getpid(), os.environ.get('RANK'), sys.warnoptions, sys.path[0]]
-sys.stdout.write(json.dumps(said) + '\n')  # at once, as another process may write too: print takes two steps
+sys.stdout.write(json.dumps(said) + '\n')  # in one write, since other processes write too; print makes two
 sys.exit(7 if 'fail' in sys.argv else 0)
 """
 
 
 def archive(version: str = VERSION, leave_out: str = '') -> bytes:
-    """What GitHub serves for a tag, in small."""
+    """Return a small archive like those that GitHub serves for a tag."""
     files = {
         'train.py': f'# {"train " * 1000}',
         'validate.py': '# validate',
@@ -46,13 +46,13 @@ def archive(version: str = VERSION, leave_out: str = '') -> bytes:
 
 
 class Server(ThreadingHTTPServer):
-    """Answers every request with `body`, of which `sent` bytes arrive before the connection ends."""
+    """Answers every request with the first `sent` bytes of `body`, then closes the connection."""
 
     daemon_threads = True
     body = archive()
     sent: int | None = None
     status = 200
-    hangs = False  # before the last bytes, until `go`
+    hangs = False  # if True, it waits for `go` before it sends the second half
 
     def __init__(self) -> None:
         super().__init__(('127.0.0.1', 0), Handler)
@@ -95,7 +95,7 @@ def server(monkeypatch) -> Iterator[Server]:
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch) -> Path:
-    """An empty cache, and no other scripts."""
+    """The folder of an empty cache. TIMM_SCRIPTS is not set."""
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
     monkeypatch.delenv('TIMM_SCRIPTS', raising=False)
     return tmp_path / 'cache' / 'timm_atac'
@@ -127,7 +127,7 @@ def test_download(server, cache, monkeypatch, capsys) -> None:
     folder = cache / f'timm-scripts-{VERSION}'
     assert capsys.readouterr().out == f'{folder}\n'
     assert sorted(path.name for path in folder.iterdir()) == ['train.py', 'validate.py']
-    assert (folder / 'train.py').read_text().startswith('# train')  # not the package's
+    assert (folder / 'train.py').read_text().startswith('# train')  # not timm/train.py
     assert folder.stat().st_mode & 0o777 == 0o777 & ~umask()
     assert (signal.getsignal(signal.SIGTERM), socket.getdefaulttimeout()) == (handler, None)
     stock.main(['--where'])
@@ -153,11 +153,11 @@ class Failure(NamedTuple):
     [
         Failure('HTTPError: HTTP Error 404', status=404),
         Failure('HTTPError: HTTP Error 503', status=503),
-        Failure('BadZipFile: File is not a zip file', sent=-100),  # the connection ends
+        Failure('BadZipFile: File is not a zip file', sent=-100),  # the connection is closed early
         Failure('BadZipFile: File is not a zip file', body=archive()[:-100]),
         Failure('BadZipFile: File is not a zip file', body=b'<html>'),
         Failure("BadZipFile: Bad CRC-32 for file 'pytorch", body=archive().replace(b'train train', b'train trail', 1)),
-        Failure('StockError: the archive is of timm 1.0.98', body=archive('1.0.98')),
+        Failure('StockError: the archive contains timm 1.0.98', body=archive('1.0.98')),
         Failure('StockError: the archive lacks train.py', body=archive(leave_out='train.py')),
         Failure('StockError: the archive lacks timm/version.py', body=archive(leave_out='timm/version.py')),
         Failure('TimeoutError: timed out', hangs=True),
@@ -177,13 +177,13 @@ def test_failed_download(failure, server, cache, monkeypatch) -> None:
 
 def test_no_server(server, cache, monkeypatch) -> None:
     with socket.socket() as unused:
-        unused.bind(('127.0.0.1', 0))  # and nobody listens
+        unused.bind(('127.0.0.1', 0))  # bound, but not listening
         monkeypatch.setattr(stock, 'ARCHIVE', f'http://127.0.0.1:{unused.getsockname()[1]}/')
         assert 'Connection refused' in error('train.py')
     assert list(cache.iterdir()) == []
 
 
-def test_folder_in_the_way(server, cache, monkeypatch) -> None:
+def test_cache_folder_is_not_empty(server, cache, monkeypatch) -> None:
     monkeypatch.setattr(stock, 'installed_version', lambda: VERSION)
     (cache / f'timm-scripts-{VERSION}' / 'mine').mkdir(parents=True)
     assert 'exists already; give another name, or remove it first' in error('train.py')
@@ -192,12 +192,12 @@ def test_folder_in_the_way(server, cache, monkeypatch) -> None:
 
 def test_development_version(server, monkeypatch) -> None:
     monkeypatch.setattr(stock, 'installed_version', lambda: '1.0.99.dev0')
-    assert 'timm 1.0.99.dev0 is no release; set TIMM_SCRIPTS to the checkout' in error('train.py')
+    assert 'timm 1.0.99.dev0 is not a release; set TIMM_SCRIPTS to the checkout' in error('train.py')
     assert not server.requests
 
 
 def start(server: Server) -> subprocess.Popen:
-    """A process that downloads, by Python's own function: importing torch takes longer than all else here."""
+    """Start a process that downloads by urllib, since importing torch takes longer than the test."""
     code = f"""
 import stock, sys, types, urllib.request
 hub = types.SimpleNamespace(download_url_to_file=lambda url, path, progress: urllib.request.urlretrieve(url, path))
@@ -215,12 +215,12 @@ stock.main(['--where'])
     )
 
 
-def test_two_at_once_and_one_that_is_stopped(server, cache) -> None:
+def test_parallel_downloads_of_which_one_is_stopped(server, cache) -> None:
     server.hangs = True
     processes = [start(server) for _ in range(3)]
     try:
         for _ in processes:
-            assert server.come.acquire(timeout=60)  # all are in the middle
+            assert server.come.acquire(timeout=60)  # all have received the first half
         stopped, *others = processes
         stopped.send_signal(signal.SIGTERM)
         assert stopped.wait(60) == 128 + signal.SIGTERM
@@ -237,7 +237,7 @@ def test_two_at_once_and_one_that_is_stopped(server, cache) -> None:
 
 
 def show(*command: str, **env: str) -> list[list]:
-    """What the script of that name says, in each of its processes."""
+    """Run a command whose script is `SHOW`, and return what each of its processes printed."""
     result = subprocess.run(
         [sys.executable, *command], env={**os.environ, **env}, capture_output=True, text=True, timeout=120
     )
@@ -245,7 +245,7 @@ def show(*command: str, **env: str) -> list[list]:
     return sorted((json.loads(line) for line in result.stdout.splitlines()), key=lambda said: said[2] or '')
 
 
-def test_becomes_the_script(checkout) -> None:
+def test_process_is_replaced_by_the_script(checkout) -> None:
     arguments = ['fail', '--model-kwargs', "act_layer='atac'", '--where', '', 'show.py', 'a  b']
     process = subprocess.Popen([sys.executable, '-W', 'ignore::UserWarning', STOCK, 'show.py', *arguments], stdout=-1)
     printed, _ = process.communicate(timeout=60)
@@ -294,10 +294,10 @@ def test_command(argv, expected, checkout) -> None:
         ([], 'got []; see --help'),
         (['--wher'], "got ['--wher']; see --help"),
         (['--nproc-per-node', '2', 'show.py'], "got ['--nproc-per-node']; see --help"),
-        (['train.py', 'show.py'], "got 'train.py'; there are: show.py"),
-        (['hubconf.py'], "got 'hubconf.py'; there are: show.py"),
-        (['torchrun', '--nnodes', '2'], "got '--nnodes', '2'; there are: show.py"),
-        (['torchrun'], 'got nothing; there are: show.py'),
+        (['train.py', 'show.py'], "got 'train.py'; it has: show.py"),
+        (['hubconf.py'], "got 'hubconf.py'; it has: show.py"),
+        (['torchrun', '--nnodes', '2'], "got '--nnodes', '2'; it has: show.py"),
+        (['torchrun'], 'got nothing; it has: show.py'),
     ],
 )
 def test_wrong_arguments(argv, message, checkout) -> None:
@@ -306,9 +306,9 @@ def test_wrong_arguments(argv, message, checkout) -> None:
 
 def test_wrong_timm_scripts(checkout, monkeypatch) -> None:
     (checkout / 'show.py').unlink()
-    assert f"expected a script of {checkout}, got 'train.py'; there are: none" in error('train.py')
+    assert f"expected a script of {checkout}, got 'train.py'; it has: none" in error('train.py')
     monkeypatch.setenv('TIMM_SCRIPTS', f'{checkout}/none')
-    assert f'TIMM_SCRIPTS={checkout}/none is no folder' in error('--where')
+    assert f'TIMM_SCRIPTS={checkout}/none is not a folder' in error('--where')
 
 
 def test_help(capsys) -> None:
@@ -326,7 +326,7 @@ def package(folder: Path, version: str) -> None:
 @pytest.mark.parametrize(
     'version, rank, noted', [('0.9.1', '', True), ('0.9.1', '0', True), ('0.9.1', '1', False), ('', '', False)]
 )
-def test_timm_beside_the_scripts(version, rank, noted, checkout, monkeypatch, capsys) -> None:
+def test_timm_in_the_same_checkout(version, rank, noted, checkout, monkeypatch, capsys) -> None:
     package(checkout, version or timm.__version__)
     if rank:
         monkeypatch.setenv('LOCAL_RANK', rank)
@@ -334,16 +334,16 @@ def test_timm_beside_the_scripts(version, rank, noted, checkout, monkeypatch, ca
     monkeypatch.setattr(os, 'execv', lambda *command: started.append(command))
     stock.main(['show.py'])
     assert len(started) == 1
-    note = f'stock.py: {checkout} has a timm of its own: 0.9.1 runs, not the installed {timm.__version__}\n'
+    note = f'stock.py: {checkout} contains timm 0.9.1; it runs instead of the installed {timm.__version__}\n'
     assert capsys.readouterr().err == (note if noted else '')
 
 
 def test_installed_version(tmp_path, monkeypatch) -> None:
-    """That of the timm that is imported, also where PYTHONPATH hides the one that has the metadata."""
+    """It is the version of the timm that is imported, also if PYTHONPATH hides the one with the metadata."""
     assert stock.installed_version() == timm.__version__
     package(tmp_path, '0.9.1')
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, 'timm')
     assert stock.installed_version() == '0.9.1'
     monkeypatch.setattr(sys, 'path', [])
-    assert f'there is no timm in {sys.executable}' in error('train.py')
+    assert f'timm is not installed for {sys.executable}' in error('train.py')

@@ -1,4 +1,4 @@
-"""timm's own scripts, unchanged, train and use our models: train_scripts/stock.py, digits.py and the registration."""
+"""timm's own scripts train and use our models: train_scripts/stock.py, digits.py and the registration."""
 
 import csv
 import os
@@ -36,7 +36,7 @@ def data(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope='module')
 def trained(data, tmp_path_factory) -> Callable[[tuple[str, ...]], Run]:
-    """Two epochs of our network on pictures of that size; once for each size."""
+    """Return two epochs of training on images of a size. Each size is trained only once."""
     runs: dict[tuple[str, ...], Run] = {}
 
     def of(size: tuple[str, ...]) -> Run:
@@ -49,7 +49,7 @@ def trained(data, tmp_path_factory) -> Callable[[tuple[str, ...]], Run]:
 
 
 def logits(checkpoint: Path) -> torch.Tensor:
-    """Of the network for RGB, with the weights of a file, and the same input each time."""
+    """Return the logits of the network for RGB with a checkpoint's weights, always for the same input."""
     model = timm.create_model(MODEL, num_classes=10, checkpoint_path=str(checkpoint)).eval()
     with torch.inference_mode():
         return model(torch.randn(5, 3, 16, 16, generator=torch.Generator().manual_seed(1)))
@@ -68,7 +68,7 @@ def test_image_folder(data) -> None:
     assert all(path.stat().st_mode & 0o100 for path in data.rglob('*') if path.is_dir())
 
 
-def test_folder_in_the_way(tmp_path, capsys) -> None:
+def test_output_folder_is_not_empty(tmp_path, capsys) -> None:
     (tmp_path / 'mine').write_text('')
     with pytest.raises(SystemExit, match='2'):
         digits.main([str(tmp_path)])
@@ -130,7 +130,7 @@ class Case(NamedTuple):
             id='amp',
         ),
         pytest.param(Case(('--channels-last',)), id='channels_last'),
-        # one batch for validation: each size is compiled anew
+        # one validation batch, since each batch size is compiled separately
         pytest.param(Case(('--torchcompile', '-vb', '797'), 'atac_resnet8_cifar'), id='torchcompile'),
     ],
 )
@@ -176,7 +176,7 @@ def test_two_processes(data, tmp_path) -> None:
     assert 'Process 1, total 2' in found.output
     assert [row['epoch'] for row in found.rows] == [0, 1]
     assert found.top1 > 80
-    # the two have 399 images each, one of them twice, and count theirs as if the batches were of one size
+    # each process has 399 images, one of them twice; train.py averages their accuracies without weights
     assert validate(data, found.last, '--model', MODEL, *GREY) == pytest.approx(found.top1, abs=0.3)
 
 

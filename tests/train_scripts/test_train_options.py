@@ -1,7 +1,7 @@
-"""train_options.py: which options timm's train.py has, and whether the recipes keep to them.
+"""tools/train_options.py: the options of timm's train.py, and the recipes' use of them.
 
-The options are data, of the versions of timm that were to be had; those of a newer timm are taken to be the newest of
-these. With TIMM_SCRIPTS, a folder with timm's scripts, the recipes are checked against the train.py there as well.
+tests/data/train_options.json has the options of several versions of timm. A newer timm is assumed to have the options
+of the newest of them. If TIMM_SCRIPTS is a folder with timm's scripts, the recipes are also checked with its train.py.
 """
 
 import os
@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import timm
-from test_recipes import RECIPES, TEXTS
+from recipes import RECIPES, TEXTS
 from train_options import Options, dump, known_versions, load_options, nearest, problems, read_options, version_of
 
 
@@ -58,7 +58,7 @@ def test_nearest_version() -> None:
         nearest('1.0.20')
 
 
-def test_data_is_what_its_versions_say() -> None:
+def test_data_round_trip() -> None:
     written = dump({version: load_options(version) for version in known_versions()})
     assert written == (Path(__file__).parents[1] / 'data' / 'train_options.json').read_text()
 
@@ -75,10 +75,10 @@ def test_commands_in_comments(name: str) -> None:
 
 @pytest.fixture(scope='module')
 def real() -> tuple[str, Options]:
-    """Version and options of the train.py in TIMM_SCRIPTS."""
+    """The version and the options of the train.py in TIMM_SCRIPTS."""
     folder = os.environ.get('TIMM_SCRIPTS')
     if not folder:
-        pytest.skip("no TIMM_SCRIPTS, a folder with timm's scripts")
+        pytest.skip("TIMM_SCRIPTS is not set to a folder with timm's scripts")
     has_timm = (Path(folder) / 'timm' / 'version.py').exists()
     return version_of(Path(folder)) if has_timm else timm.__version__, read_options(Path(folder))
 
@@ -88,7 +88,7 @@ def test_recipe_fits_real_train_py(name: str, real: tuple[str, Options]) -> None
     assert problems(RECIPES[name], real[1]) == []
 
 
-def test_data_is_what_real_train_py_says(real: tuple[str, Options]) -> None:
+def test_data_agrees_with_real_train_py(real: tuple[str, Options]) -> None:
     version, options = real
     if version not in known_versions():
         pytest.skip(f'train_options.json has no {version}')

@@ -8,7 +8,10 @@ SPLIT_SEED = 0  # the same split for every run
 
 
 def load_digits(size: int) -> tuple[tuple[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
-    """Training and test set: images (N, 1, size, size) as uint8, bilinearly scaled from 8x8, and labels (N,)."""
+    """Return the training set and the test set, each as images (N, 1, size, size) in uint8 and labels (N,).
+
+    The images are scaled bilinearly from 8x8.
+    """
     from sklearn.datasets import load_digits
 
     digits = load_digits()

@@ -1,4 +1,4 @@
-"""Plots in the manner of the paper's figures."""
+"""Plots like the paper's figures."""
 
 import io
 import statistics
@@ -15,9 +15,9 @@ Point = tuple[float, list[float]]
 
 
 def plot_blocks(title: str, rows: list[Row], path: Path, reported: dict[tuple[str, str, int], float]) -> Path:
-    """Accuracy over parameters: a line an activation, a point a depth, dashed what the authors report.
+    """Plot accuracy over parameters: one line per activation and one point per depth.
 
-    Where one activation is far below all others, a second panel shows these alone.
+    Dashed lines are the authors' figures. If one activation is far below all others, a second panel leaves it out.
     """
     full = [row for row in rows if row.run.act_stages == max(ACT_STAGES)]
     lines: dict[str, list[Point]] = {}
@@ -43,7 +43,7 @@ def plot_blocks(title: str, rows: list[Row], path: Path, reported: dict[tuple[st
 
 
 def _without_the_lowest(lines: dict[str, list[Point]]) -> list[Point]:
-    """The points of all lines but the lowest, if that one makes them hard to tell apart."""
+    """Return the points of all lines but the lowest; an empty list if the lowest is not far below them."""
     means = {name: [statistics.mean(values) for _, values in points] for name, points in lines.items()}
     lowest = min(means, key=lambda name: min(means[name]))
     others = [mean for name in means if name != lowest for mean in means[name]]
@@ -53,7 +53,7 @@ def _without_the_lowest(lines: dict[str, list[Point]]) -> list[Point]:
 
 
 def _limits(points: list[Point]) -> tuple[float, float]:
-    """Of an axis that shows the error bars too."""
+    """Return limits of the y axis that leave room for the error bars."""
     ends = [(statistics.mean(values), _spread(values)) for _, values in points]
     low, high = min(mean - spread for mean, spread in ends), max(mean + spread for mean, spread in ends)
     margin = 0.05 * (high - low) or 0.5
@@ -61,8 +61,8 @@ def _limits(points: list[Point]) -> tuple[float, float]:
 
 
 def plot_act_stages(title: str, rows: list[Row], path: Path) -> Path:
-    """Accuracy over the number of stages that have the activation, from the back: a line a network."""
-    figure, (axes,) = _axes(title, 'stages with the activation, from the back', rows)
+    """Plot accuracy over the number of stages that have the activation, counted from the last stage."""
+    figure, (axes,) = _axes(title, 'stages with the activation, counted from the last', rows)
     networks = dict.fromkeys(r.run[1:3] for r in rows if r.run.act_stages < max(ACT_STAGES))
     for i, (name, blocks) in enumerate(networks):
         found = {n: [r.result.accuracy for r in rows if r.run[1:4] == (name, blocks, n)] for n in ACT_STAGES}
@@ -73,7 +73,7 @@ def plot_act_stages(title: str, rows: list[Row], path: Path) -> Path:
 
 
 def _axes(title: str, x: str, rows: list[Row], panels: int = 1) -> tuple[Any, list[Any]]:
-    from matplotlib.figure import Figure  # without pyplot: no window, no state
+    from matplotlib.figure import Figure  # pyplot would open windows and keep the figure
 
     figure = Figure(figsize=(6.4 * panels, 4.2), layout='constrained')
     found = figure.subplots(1, panels, squeeze=False)[0]
@@ -86,7 +86,7 @@ def _axes(title: str, x: str, rows: list[Row], panels: int = 1) -> tuple[Any, li
 
 
 def _draw(axes: Any, points: Iterable[Point], label: str, number: int) -> str:
-    """A line with error bars of one standard deviation; its colour."""
+    """Draw a line with error bars of one standard deviation, and return its colour."""
     x, values = zip(*points, strict=True)
     means, spreads = [statistics.mean(v) for v in values], [_spread(v) for v in values]
     line, *_ = axes.errorbar(x, means, spreads, marker=_marker(number), capsize=3, label=label)

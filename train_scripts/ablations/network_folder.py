@@ -1,4 +1,4 @@
-"""A trained network of the ablation as a folder in the format of the Hugging Face Hub, with its card and picture."""
+"""Export a trained network of the ablation as a folder for the Hugging Face Hub, with model card and picture."""
 
 from pathlib import Path
 
@@ -14,16 +14,16 @@ SCHEDULES = {'multistep': 'divided by 10 after 3/4 and 7/8 of the epochs', 'cosi
 
 
 def write_folder(model: nn.Module, folder: Path, row: Row, data: ImageData) -> None:
-    """Write the network.
+    """Write the folder.
 
     Args:
-        model: On the CPU.
-        folder: Must not be there, or be empty.
-        row: Its row of the results.
-        data: What it was trained on.
+        model: The network, on the CPU.
+        folder: A new folder, or an empty one.
+        row: The network's row of the results.
+        data: The data set that it was trained on.
 
     Raises:
-        FileExistsError: There is something at `folder`.
+        FileExistsError: `folder` exists and is not an empty folder.
     """
     run, result = row.run, row.result
     known = DATASETS.get(run.dataset)
@@ -34,7 +34,7 @@ def write_folder(model: nn.Module, folder: Path, row: Row, data: ImageData) -> N
         f'The CIFAR network of "Attention as Activation" with b = {run.blocks} and '
         f'{activation(run.activation).label}, trained on {name}.'
     )
-    facts: dict[str, object] = {
+    card: dict[str, object] = {
         'license': 'apache-2.0',
         'datasets': [{'name': f'{name}{f" ({address})" if address else ""}, {run.size} x {run.size}'}],
         'hyperparameters': _hyperparameters(row),
@@ -43,20 +43,20 @@ def write_folder(model: nn.Module, folder: Path, row: Row, data: ImageData) -> N
     if address:
         source = {'name': f'train_scripts/ablation.py of timm_atac, seed {run.seed}', 'url': address}
         metrics = {'top-1 accuracy': accuracy}
-        facts['results'] = [{'dataset': name, 'id': run.dataset, 'split': split, 'metrics': metrics, 'source': source}]
-    else:  # a folder has no address to look the figure up
+        card['results'] = [{'dataset': name, 'id': run.dataset, 'split': split, 'metrics': metrics, 'source': source}]
+    else:  # an image folder has no URL for the card's results
         description += f' Top-1 accuracy: {accuracy} %, {split}.'
-    facts['description'] = description
+    card['description'] = description
     image = transforms.functional.to_pil_image(data.test[0][0].cpu())
-    has_more_outputs = bool(known and known.outputs)  # label names are one an output
+    has_more_outputs = bool(known and known.outputs)  # label names need one output per class
     config = {} if has_more_outputs else {'label_names': list(data.classes)}
-    export(model, folder, facts, image, model_args(run), config)
+    export(model, folder, card, image, model_args(run), config)
 
 
 def _hyperparameters(row: Row) -> dict[str, object]:
     run, setup = row.run, row.setup
-    how = [setup.device, setup.memory_format, setup.mode, f'torch {setup.torch}', f'timm {setup.timm}']
-    facts = {
+    computed_on = [setup.device, setup.memory_format, setup.mode, f'torch {setup.torch}', f'timm {setup.timm}']
+    hyperparameters = {
         'optimizer': 'SGD with Nesterov momentum 0.9',
         'learning rate': f'{run.lr:g}, {SCHEDULES[run.sched] if run.epochs > 1 else run.sched}',
         'weight decay': f'{run.weight_decay:g}, on every parameter',
@@ -64,10 +64,10 @@ def _hyperparameters(row: Row) -> dict[str, object]:
         'batch size': run.batch_size,
         'augmentation': 'padded, cropped at random, flipped' if run.augment else 'none',
         'precision': run.precision,
-        'computed on': ', '.join(filter(None, how)),
+        'computed on': ', '.join(filter(None, computed_on)),
     }
     if run.held_out:
-        facts['held out'] = f'{run.held_out} of the training images'
+        hyperparameters['held out'] = f'{run.held_out} of the training images'
     if setup.commit:
-        facts['commit of timm_atac'] = setup.commit
-    return facts
+        hyperparameters['commit of timm_atac'] = setup.commit
+    return hyperparameters

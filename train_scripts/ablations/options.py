@@ -1,4 +1,4 @@
-"""The command line of `ablation.py`, and the runs that it asks for."""
+"""The command line options of `ablation.py`, and the runs that they select."""
 
 import argparse
 import importlib
@@ -11,14 +11,15 @@ from timm.layers import get_act_layer
 
 from ablations.grid import (
     ACT_STAGES,
+    ACTIVATIONS,
     BLOCKS,
     DATASETS,
-    FIGURE,
+    FIGURE_ACTIVATIONS,
     RECIPES,
-    TABLES,
+    TABLE_ACTIVATIONS,
     Run,
     activation,
-    canonical,
+    canonical_name,
     default_recipe,
 )
 from ablations.trainer import COMPILE_FROM
@@ -27,9 +28,9 @@ from ablations.trainer import COMPILE_FROM
 def create_parser(description: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     _add_grid(parser.add_argument_group('what is trained'))
-    _add_recipe(parser.add_argument_group("how, where it is not the data set's recipe"))
-    _add_machine(parser.add_argument_group('on what'))
-    _add_output(parser.add_argument_group('what comes out'))
+    _add_recipe(parser.add_argument_group("how it is trained, if not by the data set's default recipe"))
+    _add_machine(parser.add_argument_group('where it is trained'))
+    _add_output(parser.add_argument_group('what is written'))
     return parser
 
 
@@ -40,15 +41,16 @@ def _add_grid(group: Any) -> None:
         type=_dataset,
         default=['digits'],
         metavar='NAME',
-        help=f'{", ".join(DATASETS)}, or an image folder with train and val in it (default: digits)',
+        help=f'{", ".join(DATASETS)}, or an image folder that contains train and val (default: digits)',
     )
     group.add_argument(
         '--acts',
         nargs='+',
         type=_activation_name,
-        default=list(TABLES),
+        default=list(TABLE_ACTIVATIONS),
         metavar='NAME',
-        help=f'{", ".join(TABLES)} (all of these by default), {", ".join(FIGURE)}, or any activation of timm',
+        help=f'{", ".join(TABLE_ACTIVATIONS)} (default: all of these), {", ".join(FIGURE_ACTIVATIONS)}, or any '
+        'activation of timm',
     )
     group.add_argument(
         '--blocks',
@@ -57,7 +59,7 @@ def _add_grid(group: Any) -> None:
         choices=BLOCKS,
         default=[1],
         metavar='B',
-        help=f'blocks a stage, 1 to {max(BLOCKS)} (default: 1)',
+        help=f'blocks per stage, 1 to {max(BLOCKS)} (default: 1)',
     )
     group.add_argument(
         '--act-stages',
@@ -66,12 +68,18 @@ def _add_grid(group: Any) -> None:
         choices=ACT_STAGES,
         default=[max(ACT_STAGES)],
         metavar='N',
-        help='how many of stage 1, stage 2, stage 3 and the last activation have it, counted from the back, the others '
+        help='how many of stage 1, stage 2, stage 3 and the last activation have it, counted from the last; the others '
         'have ReLU (default: 4)',
     )
-    group.add_argument('--seeds', type=_seeds, default=2, metavar='N', help='runs of each network (default: 2)')
     group.add_argument(
-        '--shard', type=_shard, default=(1, 1), metavar='I/N', help="every Nth run from the Ith, for a job array: '1/4'"
+        '--seeds', type=_seeds, default=2, metavar='N', help='number of runs of each network (default: 2)'
+    )
+    group.add_argument(
+        '--shard',
+        type=_shard,
+        default=(1, 1),
+        metavar='I/N',
+        help="every Nth run from the Ith on, for a job array, such as '1/4'",
     )
 
 
@@ -79,45 +87,51 @@ def _add_recipe(group: Any) -> None:
     group.add_argument(
         '--recipe',
         choices=RECIPES,
-        help="a recipe by name (default: 'digits' for the digits, 'authors' for all others)",
+        help="the settings to start from (default: 'digits' for the digits, else 'authors')",
     )
-    group.add_argument('--epochs', type=_positive_int, metavar='N')
-    group.add_argument('--batch-size', type=_positive_int, metavar='N', help='of all processes together')
-    group.add_argument('--lr', type=_number(above_zero=True), help='highest learning rate')
-    group.add_argument('--weight-decay', type=_number(), metavar='WD')
-    group.add_argument('--size', type=_size, metavar='PX', help='width and height that images are scaled to; CIFAR: 32')
+    group.add_argument('--epochs', type=_positive_int, metavar='N', help='number of epochs')
+    group.add_argument(
+        '--batch-size', type=_positive_int, metavar='N', help='images per update, summed over all processes'
+    )
+    group.add_argument('--lr', type=_number(above_zero=True), help='highest learning rate of the schedule')
+    group.add_argument('--weight-decay', type=_number(), metavar='WD', help='of all parameters')
+    group.add_argument(
+        '--size', type=_size, metavar='PX', help='width and height that images are scaled to; CIFAR always has 32'
+    )
     group.add_argument('--no-aug', action='store_true', help='no padding, random crop and flip')
     group.add_argument(
         '--hold-out',
         type=_positive_int,
         default=0,
         metavar='N',
-        help='train without N of the training images and measure on these; the test set is not looked at',
+        help='measure on N of the training images, which are not trained on; the test set is not used',
     )
 
 
 def _add_machine(group: Any) -> None:
     group.add_argument(
-        '--data-dir', type=Path, default=Path('data'), metavar='DIR', help='where CIFAR is (default: data)'
+        '--data-dir', type=Path, default=Path('data'), metavar='DIR', help='folder of the CIFAR files (default: data)'
     )
-    group.add_argument('--download', action='store_true', help='let torchvision download CIFAR to there')
+    group.add_argument('--download', action='store_true', help='let torchvision download CIFAR to the data folder')
     group.add_argument(
         '--device',
         type=_device,
         default='cuda' if torch.cuda.is_available() else 'cpu',
-        help='default: cuda where there is one, else cpu',
+        help='device to train on (default: cuda if available, else cpu)',
     )
-    group.add_argument('--amp', action='store_true', help='mixed precision')
-    group.add_argument('--amp-dtype', choices=('float16', 'bfloat16'), default='float16', help='default: float16')
+    group.add_argument('--amp', action='store_true', help='train in mixed precision')
+    group.add_argument(
+        '--amp-dtype', choices=('float16', 'bfloat16'), default='float16', help='dtype of --amp (default: float16)'
+    )
     group.add_argument(
         '--channels-last',
         action=argparse.BooleanOptionalAction,
-        help='memory layout (default: channels_last on a processor, contiguous on a GPU)',
+        help='memory layout (default: channels_last on a CPU, contiguous on a GPU)',
     )
     group.add_argument(
         '--compile',
         action=argparse.BooleanOptionalAction,
-        help=f'torch.compile (default: on a processor with a C++ compiler, from {COMPILE_FROM} updates a run on)',
+        help=f'use torch.compile (default: on a CPU with a C++ compiler, for runs of {COMPILE_FROM} updates or more)',
     )
 
 
@@ -127,48 +141,48 @@ def _add_output(group: Any) -> None:
         type=Path,
         default=Path('results/ablation'),
         metavar='DIR',
-        help='folder of rows, tables, plots and checkpoints, which several processes may share; what is there is gone '
-        'on with (default: results/ablation)',
+        help='folder for rows, tables, plots and checkpoints, which several processes may share; finished runs '
+        'are skipped, others resumed (default: results/ablation)',
     )
     group.add_argument(
         '--export',
         action='store_true',
-        help='also write each network that is trained, with a model card, as a folder that `timm-atac push` uploads',
+        help='also write each trained network as a folder with a model card, for `timm-atac push`',
     )
-    group.add_argument('--log-tensorboard', action='store_true', help='curves in DIR/tensorboard')
-    group.add_argument('--log-wandb', action='store_true', help='curves to Weights & Biases')
-    group.add_argument('--wandb-project', metavar='NAME', help='default: timm_atac')
+    group.add_argument('--log-tensorboard', action='store_true', help='write curves to DIR/tensorboard')
+    group.add_argument('--log-wandb', action='store_true', help='send curves to Weights & Biases')
+    group.add_argument('--wandb-project', metavar='NAME', help='project at Weights & Biases (default: timm_atac)')
 
 
-def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """End with an error where a package is missing or arguments do not go together."""
-    wanted = {
+def _check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Exit with an error message if a package is missing or the arguments do not fit together."""
+    needed_packages = {
         'matplotlib': True,
         'sklearn': 'digits' in args.datasets,
         'tensorboard': args.log_tensorboard,
         'wandb': args.log_wandb,
     }
-    for package in (name for name, needed in wanted.items() if needed):
+    for package in (name for name, needed in needed_packages.items() if needed):
         try:
             importlib.import_module(package)
         except ImportError as error:
             extra = 'logging' if package in ('tensorboard', 'wandb') else 'ablation'
-            parser.error(f"{error}; it comes with `pip install 'timm_atac[{extra}]'`")
+            parser.error(f"{error}; install it by `pip install 'timm_atac[{extra}]'`")
     if args.size not in (None, 32) and any(name.startswith('cifar') for name in {*args.datasets} & {*DATASETS}):
-        parser.error(f"argument --size: {args.size}, but CIFAR's images are 32")
+        parser.error(f"argument --size: {args.size}, but CIFAR's images have a size of 32")
     if args.output.is_file():
         parser.error(f'argument --output: {args.output} is a file; expected a folder')
 
 
-def runs(args: argparse.Namespace, processes: int) -> list[Run]:
-    """What the arguments ask for, this shard's, each once, in an order that is always the same."""
+def selected_runs(args: argparse.Namespace, processes: int) -> list[Run]:
+    """Return the runs of this shard that the arguments select, each once, always in the same order."""
     found = [
-        _run(dataset, name, blocks, act_stages if activation(name).placed else max(ACT_STAGES), seed, args, processes)
+        _run(dataset, name, blocks, act_stages, seed, args, processes)
         for dataset in args.datasets
         for blocks in sorted({*args.blocks})
         for seed in range(args.seeds)
         for name in args.acts
-        for act_stages in args.act_stages
+        for act_stages in (args.act_stages if activation(name).takes_act_stages else [max(ACT_STAGES)])
     ]
     index, count = args.shard
     return list(dict.fromkeys(found))[index - 1 :: count]
@@ -193,15 +207,15 @@ def _dataset(text: str) -> str:
 
 
 def _activation_name(text: str) -> str:
-    name = canonical(text)
-    if name not in {**TABLES, **FIGURE}:
+    name = canonical_name(text)
+    if name not in ACTIVATIONS:
         try:
             found = get_act_layer(name)
         except KeyError:
             found = None
         if found is None:
             raise argparse.ArgumentTypeError(
-                f'{text!r} is neither one of {", ".join([*TABLES, *FIGURE])} nor an activation of timm'
+                f'{text!r} is neither one of {", ".join(ACTIVATIONS)} nor an activation of timm'
             )
     return name
 
@@ -213,7 +227,7 @@ def _positive_int(text: str) -> int:
 
 
 def _seeds(text: str) -> int:
-    if _positive_int(text) > 4096:  # each has 2^20 epochs of its own in 32 bits
+    if _positive_int(text) > 4096:  # the random seed of an epoch has 32 bits, of which 20 are the number of the epoch
         raise argparse.ArgumentTypeError(f'{text!r} is more than 4096')
     return int(text)
 
@@ -250,10 +264,10 @@ def _device(text: str) -> str:
     try:
         device = torch.device(text)
         if device.type == 'meta':
-            raise RuntimeError('it computes nothing')
-        if device.type == 'cuda':  # without touching it: in each process of torchrun it becomes another one
+            raise RuntimeError('the meta device computes nothing')
+        if device.type == 'cuda':  # do not initialize it: each process of torchrun uses another one
             if (device.index or 0) >= torch.cuda.device_count():
-                raise RuntimeError(f'there are {torch.cuda.device_count()} CUDA devices')
+                raise RuntimeError(f'the number of CUDA devices is {torch.cuda.device_count()}')
         else:
             torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
@@ -264,5 +278,5 @@ def _device(text: str) -> str:
 def parse_args(description: str | None, argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = create_parser(description)
     args = parser.parse_args(argv)
-    check(parser, args)
+    _check_args(parser, args)
     return args

@@ -1,4 +1,4 @@
-"""What a run was computed with: code, hardware, memory layout, versions. Each row of the results names it."""
+"""The code, hardware, memory layout and versions that a run was computed with. Each row of the results has them."""
 
 import functools
 import hashlib
@@ -16,14 +16,14 @@ import timm_atac
 
 
 class Setup(NamedTuple):
-    """What has computed an epoch. It moves results by rounding alone, where `Run` holds what moves them by more.
+    """What computed an epoch. It changes results only by rounding; the settings in `Run` change them by more.
 
     Attributes:
-        device: Name of the GPU; or model of the processor, its instructions that PyTorch uses, and threads.
+        device: Name of the GPU; or the CPU's model, its instruction set that PyTorch uses, and the number of threads.
         memory_format: 'channels_last' or 'contiguous'.
         mode: 'eager' or 'compiled'.
-        commit: Of this repository, with '-dirty' where tracked files were changed; '' where it is not known.
-        data: The first twelve digits of the SHA-256 of all images and labels, as they were decoded.
+        commit: Of this repository, with '-dirty' if tracked files were changed; '' if it is unknown.
+        data: The first twelve digits of the SHA-256 of all decoded images and labels.
         python, torch, timm, pillow: Versions. Pillow decodes JPEG.
     """
 
@@ -38,14 +38,14 @@ class Setup(NamedTuple):
     pillow: str = ''
 
 
-def joined(setups: Sequence[Setup]) -> Setup:
-    """The setups of a run that was resumed as one: values that differ stand one after the other, with ' + ' between."""
+def join_setups(setups: Sequence[Setup]) -> Setup:
+    """Return the setups of a resumed run as one. Different values are joined by ' + '."""
     parts = ([part for value in values for part in value.split(' + ')] for values in zip(*setups, strict=True))
     return Setup(*(' + '.join(dict.fromkeys(each)) for each in parts))
 
 
 def device_name(device: torch.device) -> str:
-    """The name of a GPU; or the processor's model and instructions, and the number of threads."""
+    """Return the name of a GPU; or the CPU's model and instruction set, and the number of threads."""
     if device.type == 'cuda':
         return torch.cuda.get_device_name(device)
     model = _processor() if device.type == 'cpu' else device.type
@@ -63,8 +63,8 @@ def _processor() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def pillow() -> str:
-    """The version of Pillow, '' without it."""
+def pillow_version() -> str:
+    """Return the version of Pillow; '' if it is not installed."""
     try:
         return version('pillow')
     except PackageNotFoundError:
@@ -72,7 +72,7 @@ def pillow() -> str:
 
 
 def data_hash(tensors: Sequence[torch.Tensor]) -> str:
-    """The first twelve digits of the SHA-256 of all values."""
+    """Return the first twelve digits of the SHA-256 of all values."""
     digest = hashlib.sha256()
     for tensor in tensors:
         digest.update(tensor.cpu().contiguous().numpy().tobytes())
@@ -81,9 +81,9 @@ def data_hash(tensors: Sequence[torch.Tensor]) -> str:
 
 @functools.cache
 def commit() -> str:
-    """The commit of the code that runs, in twelve digits.
+    """Return the commit of this code in twelve digits.
 
-    '' where git does not know this file, or where `timm_atac` is imported from another place than this checkout.
+    It is '' if git does not track this file, or if `timm_atac` is imported from outside this checkout.
     """
     package = Path(timm_atac.__file__).resolve().parent
     if package.parent != Path(__file__).resolve().parents[2]:

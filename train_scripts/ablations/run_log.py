@@ -1,4 +1,4 @@
-"""Curves of a run: always as a CSV file, and for TensorBoard and Weights & Biases where they are asked for."""
+"""Write the curves of a run to a CSV file, and on request to TensorBoard and Weights & Biases."""
 
 import csv
 import io
@@ -12,7 +12,7 @@ from timm_atac._files import replaced_file
 
 
 class LogError(Exception):
-    """Curves that cannot be kept."""
+    """The curves cannot be written."""
 
 
 class Log(Protocol):
@@ -22,14 +22,14 @@ class Log(Protocol):
 
 
 class CsvLog:
-    """A line an epoch in a file; the lines of a run that is resumed are kept."""
+    """Writes one line per epoch to a CSV file. A resumed run keeps its lines."""
 
     def __init__(self, path: Path, first_epoch: int) -> None:
         self._path = path
         self._lines: list[list[Any]] = []
         if first_epoch and self._path.exists():
             with open(self._path, newline='', encoding='utf-8') as file:
-                # what a killed run had written of the epochs that come again is left out
+                # the epochs that a killed run trains again are left out
                 self._lines = [*csv.reader(file)][: first_epoch + 1]
 
     def log(self, progress: Progress) -> None:
@@ -46,7 +46,7 @@ class CsvLog:
 
 
 class TensorBoardLog:
-    """Scalars in a folder of the run.
+    """Writes scalars to a TensorBoard folder of the run.
 
     Raises:
         ImportError: tensorboard is not installed.
@@ -55,23 +55,23 @@ class TensorBoardLog:
     def __init__(self, folder: Path, run: Run, first_epoch: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        # what a killed run had written of the epochs that come again is taken out
+        # the epochs that a killed run trains again are removed
         self._writer = SummaryWriter(str(folder / run.name), purge_step=first_epoch + 1)
 
     def log(self, progress: Progress) -> None:
         for name, value in _scalars(progress).items():
             self._writer.add_scalar(name, value, progress.epoch)
-        self._writer.flush()  # it keeps them for two minutes otherwise
+        self._writer.flush()  # else it writes only every two minutes
 
     def close(self) -> None:
         self._writer.close()
 
 
 class WandbLog:
-    """A run of Weights & Biases, which goes on there where it goes on here.
+    """Sends scalars to a run of Weights & Biases, which is resumed together with our run.
 
     Raises:
-        LogError: It cannot be begun.
+        LogError: The run cannot be started.
     """
 
     def __init__(self, folder: Path, run: Run, project: str | None) -> None:
@@ -90,7 +90,7 @@ class WandbLog:
                 config=run._asdict(),
                 dir=str(folder),
             )
-        except Exception as error:  # of login, network or settings
+        except Exception as error:  # login, network or settings
             raise LogError(f'Weights & Biases: {error}') from None
 
     def log(self, progress: Progress) -> None:

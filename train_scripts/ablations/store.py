@@ -1,4 +1,4 @@
-"""A results folder that several processes may share: rows of finished runs, checkpoints and claims of the others."""
+"""A results folder that several processes may share: rows of finished runs, checkpoints, and locks of claimed runs."""
 
 import csv
 import io
@@ -17,20 +17,20 @@ from timm_atac._files import replaced_file
 
 
 class Result(NamedTuple):
-    """What came out of a run."""
+    """The results of a run."""
 
     params: int
-    train_loss: float  # mean over the last epoch
+    train_loss: float  # mean of the last epoch
     test_loss: float  # after the last epoch
-    accuracy: float  # per cent of the test set, after the last epoch
-    best_accuracy: float  # of all epochs
-    seconds: float  # of the clock; the time in which a process was stopped counts
-    cpu_seconds: float  # that processors worked, in the first process
-    finished: str  # day and time, UTC
+    accuracy: float  # top-1 on the test set after the last epoch, in per cent
+    best_accuracy: float  # highest of all epochs
+    seconds: float  # wall-clock time; includes time in which the process was stopped
+    cpu_seconds: float  # CPU time of the first process
+    finished: str  # date and time in UTC
 
 
 class Row(NamedTuple):
-    """A finished run, as it stands in the CSV file."""
+    """A finished run, which is one row of the CSV file."""
 
     run: Run
     result: Result
@@ -38,7 +38,7 @@ class Row(NamedTuple):
 
 
 class StoreError(Exception):
-    """A results folder that cannot be used."""
+    """The results folder cannot be used."""
 
 
 _PARTS: tuple[Any, ...] = (Run, Result, Setup)
@@ -47,16 +47,16 @@ COLUMNS = tuple(_TYPES)
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The rows of a CSV file.
+    """Return the rows of a CSV file.
 
     Raises:
-        StoreError: It has other columns, or a value that does not fit its column.
-        OSError: It cannot be read.
+        StoreError: The file has other columns, or a value has the wrong type for its column.
+        OSError: The file cannot be read.
     """
     try:
         text = path.read_text(encoding='utf-8')
     except UnicodeDecodeError as error:
-        raise StoreError(f'{path} is no CSV file of ablation.py: {error}') from None
+        raise StoreError(f'{path} is not a CSV file of ablation.py: {error}') from None
     lines = csv.reader(io.StringIO(text, newline=''))
     header = next(lines, [])
     if tuple(header) != COLUMNS:
@@ -83,10 +83,10 @@ class Store:
     """A results folder.
 
     Args:
-        folder: Made if it is not there.
+        folder: Its path. It is created if it does not exist.
 
     Raises:
-        StoreError: `folder` cannot be one, or has a CSV file that is not ours.
+        StoreError: `folder` cannot be created, or its CSV file is not one of ablation.py.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -101,25 +101,26 @@ class Store:
     def rows(self) -> list[Row]:
         return read_rows(self.csv) if self.csv.exists() else []
 
-    def has(self, run: Run) -> bool:
+    def has_row(self, run: Run) -> bool:
         return any(row.run == run for row in self.rows())
 
     def checkpoint(self, run: Run) -> Path:
         return self.folder / 'checkpoints' / f'{run.name}.safetensors'
 
     def curve(self, run: Run) -> Path:
-        """Where the run's accuracy after each epoch is."""
+        """Return the path of the CSV file with the run's curves."""
         return self.folder / 'curves' / f'{run.name}.csv'
 
-    def network(self, run: Run) -> Path:
-        """Where `--export` writes the network."""
+    def network_folder(self, run: Run) -> Path:
+        """Return the folder that `--export` writes the network to."""
         return self.folder / run.name
 
     @contextmanager
     def claim(self, run: Run) -> Iterator[bool]:
-        """Whether the run is this process's to do, until the end of the block: no other has it, and it has no row yet.
+        """Lock a run for this process until the end of the block.
 
-        The claim of a process that dies dies with it.
+        Yields True if this process may train it: no other process has locked it, and it has no row yet. The lock of a
+        process that is killed is released.
         """
         lock = FileLock(self.folder / '.locks' / f'{run.name}.lock')
         try:
@@ -128,23 +129,23 @@ class Store:
             yield False
             return
         try:
-            done = self.has(run)
+            done = self.has_row(run)
             self._clean_up(run, done)
             yield not done
         finally:
             lock.release()
 
     def _clean_up(self, run: Run, done: bool) -> None:
-        """Remove what a process left that died while it wrote, or between a row and the checkpoint."""
+        """Remove the unfinished files of a killed process, and the checkpoint of a finished run."""
         checkpoint = self.checkpoint(run)
-        begun = (file for path in (checkpoint, self.curve(run)) for file in path.parent.glob(f'.{path.name}.*'))
-        for leftover in (*begun, *[checkpoint] * done):
+        unfinished = (file for path in (checkpoint, self.curve(run)) for file in path.parent.glob(f'.{path.name}.*'))
+        for leftover in (*unfinished, *[checkpoint] * done):
             leftover.unlink(missing_ok=True)
-        for folder in self.folder.glob(f'.{run.name}.*'):  # of an export
+        for folder in self.folder.glob(f'.{run.name}.*'):  # an unfinished export
             shutil.rmtree(folder)
 
     def append(self, row: Row) -> None:
-        """Add a row, for good and whole, and remove the run's checkpoint."""
+        """Add a row to the CSV file in one atomic write, and remove the run's checkpoint."""
         with FileLock(self.folder / '.locks' / 'csv.lock'):
             for leftover in self.folder.glob(f'.{self.csv.name}.*'):
                 leftover.unlink()

@@ -1,4 +1,4 @@
-"""The paper's tables and figures from rows of results, next to what the authors report."""
+"""The paper's tables and figures, made from rows of results, with the figures that the authors report."""
 
 import csv
 import itertools
@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ablations.figures import plot_act_stages, plot_blocks
-from ablations.grid import ACT_STAGES, FIGURE, TABLES, Run, activation, dataset_name, label
+from ablations.grid import ACT_STAGES, ACTIVATIONS, Run, activation, dataset_file_name, dataset_label
+from ablations.markdown import markdown_table
 from ablations.provenance import Setup
 from ablations.store import Row
 from timm_atac._files import replaced_file
@@ -22,9 +23,9 @@ class Group(NamedTuple):
     """Rows of one data set with the same settings.
 
     Attributes:
-        title: Data set and settings.
-        name: The same, for files.
-        rows: Sorted as the paper's tables are.
+        title: Data set and settings, for the title of tables and plots.
+        name: Data set and settings, for file names.
+        rows: The rows in the order of the paper's tables.
     """
 
     title: str
@@ -33,7 +34,7 @@ class Group(NamedTuple):
 
 
 def read_reported(path: Path = RESULTS / 'reported-cifar.csv') -> dict[Cell, float]:
-    """What others report: top-1 accuracy in per cent by data set, activation and b."""
+    """Return the top-1 accuracies in per cent that the authors report, by data set, activation and b."""
     with open(path, newline='', encoding='utf-8') as file:
         return {
             (line['dataset'], line['activation'], int(line['blocks'])): float(line['accuracy'])
@@ -41,12 +42,12 @@ def read_reported(path: Path = RESULTS / 'reported-cifar.csv') -> dict[Cell, flo
         }
 
 
-def groups(rows: Iterable[Row]) -> list[Group]:
-    """The rows by data set and settings; a table is of one group."""
+def group_rows(rows: Iterable[Row]) -> list[Group]:
+    """Group rows by data set and settings. Each table shows one group."""
     found: dict[tuple, list[Row]] = {}
     for row in rows:
         found.setdefault(row.run.settings, []).append(row)
-    order = [*TABLES, *FIGURE]
+    order = [*ACTIVATIONS]
 
     def rank(row: Row) -> tuple:
         name = row.run.activation
@@ -57,17 +58,17 @@ def groups(rows: Iterable[Row]) -> list[Group]:
 
 def _group(rows: list[Row]) -> Group:
     run = rows[0].run
-    unusual = {key: value for key, value in run.unusual().items() if key != 'epochs'}
+    changed = {key: value for key, value in run.changed_settings().items() if key != 'epochs'}
     epochs = f'{run.epochs} epoch{"s" * (run.epochs > 1)}'
-    settings = [epochs, *(f'{key} {value}' for key, value in unusual.items())]
-    title = f'{label(run.dataset)}, {", ".join(settings)}'
-    return Group(title, '-'.join([dataset_name(run.dataset), *(s.replace(' ', '_') for s in settings)]), rows)
+    settings = [epochs, *(f'{key} {value}' for key, value in changed.items())]
+    title = f'{dataset_label(run.dataset)}, {", ".join(settings)}'
+    return Group(title, '-'.join([dataset_file_name(run.dataset), *(s.replace(' ', '_') for s in settings)]), rows)
 
 
 def accuracy_table(group: Group, reported: dict[Cell, float]) -> str:
-    """Mean and spread of the accuracy by activation and b, in Markdown, with the reported one and the difference.
+    """Return mean and standard deviation of the accuracy by activation and b, in Markdown.
 
-    '' where no run has its activation in all stages.
+    Cells with a reported accuracy also show it and the difference. '' if no run has its activation in all stages.
     """
     rows = [row for row in group.rows if row.run.act_stages == max(ACT_STAGES)]
     if not rows:
@@ -83,16 +84,18 @@ def accuracy_table(group: Group, reported: dict[Cell, float]) -> str:
                 ' / '.join(f'{runs[b][0].result.params / 1e3:.1f}' if runs[b] else '-' for b in depths),
             ]
         )
-    return '\n\n'.join(filter(None, [_head(group.title, rows, reported), markdown(lines), _differences(rows)]))
+    return '\n\n'.join(
+        filter(None, [_head(group.title, rows, reported), markdown_table(lines), _setup_differences(rows)])
+    )
 
 
-def _differences(rows: list[Row]) -> str:
-    """What was not the same for all rows of a table, which rounding alone should tell; '' where there is nothing."""
+def _setup_differences(rows: list[Row]) -> str:
+    """Return a sentence that names the fields of `Setup` in which the rows differ; '' if there are none."""
     values = {name: sorted({getattr(row.setup, name) for row in rows}) for name in Setup._fields}
     different = [
         f'{name} ({", ".join(v or "unknown" for v in found)})' for name, found in values.items() if len(found) > 1
     ]
-    return f'The rows are not all of one setup: {"; ".join(different)}.' if different else ''
+    return f'The setups of the rows differ: {"; ".join(different)}.' if different else ''
 
 
 def _head(title: str, rows: list[Row], reported: dict[Cell, float]) -> str:
@@ -104,8 +107,8 @@ def _head(title: str, rows: list[Row], reported: dict[Cell, float]) -> str:
     spread = f'mean ± standard deviation over {count} seeds' if seeds[-1] > 1 else 'one seed'
     compared = any(dataset == rows[0].run.dataset for dataset, _, _ in reported)
     brackets = (
-        '; then the mean of the best epochs, and in brackets what the authors report and how far that is from it, '
-        'since their script keeps the epoch that is best on the test set'
+        "; then the mean of the best epochs; in brackets the authors' accuracy and how far that mean is from it, since "
+        'their script keeps the epoch that is best on the test set'
         if compared
         else ''
     )
@@ -135,69 +138,53 @@ def mean_and_spread(values: Sequence[float]) -> str:
 
 
 def act_stages_table(group: Group) -> str:
-    """Accuracy by the number of stages that have the activation, counted from the back; '' where all have them all."""
-    placed = [row for row in group.rows if activation(row.run.activation).placed]
-    networks = dict.fromkeys(row.run[1:3] for row in placed if row.run.act_stages < max(ACT_STAGES))
+    """Return the accuracy by the number of stages that have the activation, counted from the last, in Markdown.
+
+    '' if all runs have their activation in all stages.
+    """
+    rows = [row for row in group.rows if activation(row.run.activation).takes_act_stages]
+    networks = dict.fromkeys(row.run[1:3] for row in rows if row.run.act_stages < max(ACT_STAGES))
     if not networks:
         return ''
     lines = [['Network', *map(str, (0, *ACT_STAGES))]]
     for name, blocks in networks:
         host = [r.result.accuracy for r in group.rows if r.run[1:3] == ('relu', blocks)]
-        cells = [[r.result.accuracy for r in placed if r.run[1:4] == (name, blocks, n)] for n in ACT_STAGES]
+        cells = [[r.result.accuracy for r in rows if r.run[1:4] == (name, blocks, n)] for n in ACT_STAGES]
         lines.append([f'{activation(name).label}, b = {blocks}', *map(mean_and_spread, [host, *cells])])
     return (
         f'{group.title}: {_measured(group.rows)} by the number of stages with the activation, from the last on '
-        f'(0: ReLU everywhere)\n\n{markdown(lines)}'
+        f'(0: ReLU everywhere)\n\n{markdown_table(lines)}'
     )
 
 
-def imagenet_table(device: str = 'cpu', batch_size: int = 1, rounds: int = 5) -> str:
-    """Table 4: what `table4.table` says, in Markdown."""
-    import torch  # it takes seconds
-
-    from ablations.table4 import table
-
-    note, lines = table(torch.device(device), batch_size, rounds)
-    return f'{note}\n\n{markdown(lines)}'
-
-
-def merge(rows: list[Row]) -> list[Row]:
-    """Each run once: the first of its rows. A second one with other results is said."""
+def first_rows(rows: list[Row]) -> list[Row]:
+    """Return the first row of each run. Print a message if another row of a run has another accuracy."""
     found: dict[Run, Row] = {}
     for row in rows:
         first = found.setdefault(row.run, row)
         if first.result.accuracy != row.result.accuracy:
             print(
-                f'{row.run.name} is there twice, with {first.result.accuracy} and {row.result.accuracy} %: the first '
-                'counts.',
+                f'{row.run.name} occurs twice, with {first.result.accuracy} and {row.result.accuracy} %: the first row '
+                'is used.',
                 file=sys.stderr,
             )
     return list(found.values())
 
 
-def markdown(lines: list[list[str]]) -> str:
-    """A table, its first line the head."""
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    ruled = [lines[0], ['-' * width for width in widths], *lines[1:]]
-    return '\n'.join(
-        '| ' + ' | '.join(text.ljust(w) for text, w in zip(line, widths, strict=True)) + ' |' for line in ruled
-    )
-
-
-def tables(rows: list[Row]) -> str:
-    """All tables that the rows make."""
+def all_tables(rows: list[Row]) -> str:
+    """Return all tables of the rows in Markdown."""
     reported = read_reported()
-    found = ((accuracy_table(group, reported), act_stages_table(group)) for group in groups(rows))
+    found = ((accuracy_table(group, reported), act_stages_table(group)) for group in group_rows(rows))
     return '\n\n'.join(filter(None, itertools.chain(*found)))
 
 
-def write(rows: list[Row], text: str, output: Path) -> list[Path]:
-    """Write `text` as tables.md, and the plots that the rows make: the files' paths."""
+def write_tables(rows: list[Row], text: str, output: Path) -> list[Path]:
+    """Write `text` to tables.md, draw the plots of the rows, and return the paths of all files."""
     reported = read_reported()
     paths = [output / 'tables.md']
     with replaced_file(paths[0]) as file:
         file.write(f'{text}\n'.encode())
-    for group in groups(rows):
+    for group in group_rows(rows):
         if accuracy_table(group, reported):
             paths.append(plot_blocks(group.title, group.rows, output / f'{group.name}.png', reported))
         if act_stages_table(group):

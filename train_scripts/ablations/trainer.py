@@ -1,4 +1,4 @@
-"""One run of the ablation: trains a network, keeps a checkpoint an epoch, and goes on from it to the same numbers."""
+"""The training of one run: its network, its checkpoints, and how it resumes to the same numbers."""
 
 import json
 import os
@@ -23,26 +23,26 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ablations.grid import Run, create_model
 from ablations.image_data import ImageData, batches
-from ablations.provenance import Setup, commit, data_hash, device_name, joined, pillow
+from ablations.provenance import Setup, commit, data_hash, device_name, join_setups, pillow_version
 from timm_atac._files import replaced_file
 
 EVAL_BATCH_SIZE = 500
-COMPILE_FROM = 1000  # updates of a run from which on a processor makes up for the time to compile
+COMPILE_FROM = 1000  # a CPU run with fewer updates takes longer to compile than it saves
 
 
 class CheckpointError(Exception):
-    """A checkpoint that a run cannot go on from."""
+    """A run cannot be resumed from its checkpoint."""
 
 
 class Machine(NamedTuple):
-    """What a run is done on.
+    """The device of this process, the processes of torchrun, and how the network runs.
 
     Attributes:
-        device: Of this process.
-        rank, processes: Of torchrun; 0 and 1 without it.
-        channels_last: Memory layout of images and weights, as in timm's train.py.
-        compile: Whether `torch.compile` makes the network faster; None for where that was seen to pay, which is in long
-            runs on a processor.
+        device: Device of this process.
+        rank, processes: Rank of this process and number of processes of torchrun; 0 and 1 without torchrun.
+        channels_last: True if images and weights have this memory layout, as in timm's train.py.
+        compile: True to use `torch.compile`, False not to. None uses it where it was measured to save time: in long
+            runs on a CPU.
     """
 
     device: torch.device
@@ -55,29 +55,29 @@ class Machine(NamedTuple):
     def memory_format(self) -> torch.memory_format:
         return torch.channels_last if self.channels_last else torch.contiguous_format
 
-    def compiles(self, updates: int) -> bool:
-        """True if a run of so many updates is to be compiled."""
+    def should_compile(self, updates: int) -> bool:
+        """True if a run with this number of updates uses `torch.compile`."""
         if self.compile is not None:
             return self.compile
         return self.device.type == 'cpu' and updates >= COMPILE_FROM and _has_compiler()
 
 
 def _has_compiler() -> bool:
-    """True if there is the C++ compiler that PyTorch would call."""
+    """True if the C++ compiler that PyTorch calls is installed."""
     return shutil.which(os.environ.get('CXX') or ('clang++' if sys.platform == 'darwin' else 'g++')) is not None
 
 
 class Progress(NamedTuple):
-    """Where a run stands after an epoch.
+    """The state of a run after an epoch.
 
     Attributes:
-        epoch: How many are done.
+        epoch: Number of finished epochs.
         lr: Learning rate of the last update.
         train_loss: Mean cross-entropy over the epoch.
-        test_loss: Mean cross-entropy of the test set.
-        accuracy, best_accuracy: Top-1 in per cent of the test set, after this epoch and the best so far.
-        seconds: Of the clock, of all epochs; the time in which a process was stopped counts.
-        cpu_seconds: That processors worked, in the first process.
+        test_loss: Mean cross-entropy on the test set.
+        accuracy, best_accuracy: Top-1 on the test set in per cent, after this epoch and the highest so far.
+        seconds: Wall-clock time of all epochs. It includes time in which the process was stopped.
+        cpu_seconds: CPU time of the first process.
     """
 
     epoch: int = 0
@@ -91,14 +91,15 @@ class Progress(NamedTuple):
 
 
 class Trainer:
-    """A network in training.
+    """Trains the network of one run.
 
-    Every epoch draws from the run's seed and its own number alone, so that no random state has to be kept.
+    The random numbers of an epoch only depend on the run's seed and the epoch's number. A checkpoint therefore needs no
+    random state.
 
     Args:
-        run: Its settings.
-        data: On the device.
-        machine: The same in every process but for `rank` and `device`.
+        run: The settings.
+        data: The data set, on the device.
+        machine: The same in every process, except for `rank` and `device`.
     """
 
     def __init__(self, run: Run, data: ImageData, machine: Machine) -> None:
@@ -107,11 +108,11 @@ class Trainer:
         random_seed(run.seed)
         model = create_model(run, len(data.classes), data.in_chans, data.mean, data.std)
         self.model = model.to(machine.device).to(memory_format=machine.memory_format)
-        self.optimizer = create_optimizer_v2(  # 'sgd' is with Nesterov's momentum in timm
+        self.optimizer = create_optimizer_v2(  # timm's 'sgd' has Nesterov's momentum
             self.model, 'sgd', run.lr, run.weight_decay, momentum=0.9, filter_bias_and_bn=False
         )
         self.updates_per_epoch = len(data.train[0]) // run.batch_size
-        self.compiled = machine.compiles(run.epochs * self.updates_per_epoch)
+        self.compiled = machine.should_compile(run.epochs * self.updates_per_epoch)
         self._setups = [
             Setup(
                 device_name(machine.device),
@@ -119,24 +120,24 @@ class Trainer:
                 'compiled' if self.compiled else 'eager',
                 commit(),
                 data_hash([*data.train, *data.test]),
-                pillow=pillow(),
+                pillow=pillow_version(),
             )
         ]
         self.scheduler = self._create_scheduler()
-        # float16 needs its losses scaled
+        # the gradients of float16 need loss scaling
         self.scaler = torch.amp.GradScaler(machine.device.type, enabled=run.precision == 'float16')
 
     @property
     def setup(self) -> Setup:
-        """What the run was computed with, from its first epoch on."""
-        return joined(self._setups)
+        """The setups of all epochs so far, joined."""
+        return join_setups(self._setups)
 
     def _create_scheduler(self) -> Any:
         run = self.run
         options: dict[str, Any] = dict(sched='multistep', warmup_epochs=0)
-        # timm divides an update before the milestone: half an update later is right for whole ones
-        late = 0.5 / self.updates_per_epoch
-        options.update(decay_milestones=[run.epochs * 3 / 4 + late, run.epochs * 7 / 8 + late], decay_rate=0.1)
+        # timm divides one update before the milestone; half an update later, it divides at the milestone
+        half_update = 0.5 / self.updates_per_epoch
+        options.update(decay_milestones=[run.epochs * share + half_update for share in (3 / 4, 7 / 8)], decay_rate=0.1)
         if run.sched == 'cosine':
             options = dict(sched='cosine', warmup_epochs=min(1, run.epochs - 1), warmup_lr=run.lr / 10)
         scheduler, _ = create_scheduler_v2(
@@ -149,13 +150,13 @@ class Trainer:
         return scheduler
 
     def fit(self, checkpoint: Path, after_epoch: Callable[[Progress], None]) -> Progress:
-        """Train to the end.
+        """Train all epochs that are left.
 
         Args:
             checkpoint: File that is replaced after each epoch.
-            after_epoch: Gets the progress, in the first process, before the checkpoint is there.
+            after_epoch: Called with the progress in the first process, before the checkpoint is written.
         """
-        network = self.wrapped()
+        network = self.wrap_model()
         while self.progress.epoch < self.run.epochs:
             start, cpu_start = time.perf_counter(), time.process_time()
             train_loss = self.train_epoch(network)
@@ -173,20 +174,20 @@ class Trainer:
                 self.progress.cpu_seconds + time.process_time() - cpu_start,
             )
             if self.machine.rank == 0:
-                # first, so that a kill between the two makes it come again rather than never
+                # called first: if the process is killed before `save`, it is called again and not left out
                 after_epoch(self.progress)
                 self.save(checkpoint)
             if self.machine.processes > 1:
-                dist.barrier()  # no process goes on with an epoch whose checkpoint may be lost
+                dist.barrier()  # no process starts the next epoch before the checkpoint is written
         return self.progress
 
-    def wrapped(self) -> nn.Module:
-        """The network as it is trained: compiled and distributed where that is asked for."""
+    def wrap_model(self) -> nn.Module:
+        """Return the network to train: distributed if there are several processes, compiled if `self.compiled`."""
         network: Any = self.model
         if self.machine.processes > 1:
             network = DistributedDataParallel(network)
-        if self.compiled:  # after DDP, which overlaps with what is compiled then
-            torch.compiler.reset()  # of the runs before
+        if self.compiled:  # after DDP, so that its communication overlaps with the compiled backward pass
+            torch.compiler.reset()  # forget the networks of earlier runs
             network = torch.compile(network)
         return network
 
@@ -196,7 +197,7 @@ class Trainer:
         return torch.autocast(self.machine.device.type, getattr(torch, self.run.precision))
 
     def train_epoch(self, network: nn.Module) -> float:
-        """The mean loss over the epoch."""
+        """Train one epoch and return its mean loss."""
         run, machine = self.run, self.machine
         epoch_seed = (run.seed << 20) + self.progress.epoch
         random_seed(epoch_seed)
@@ -216,18 +217,18 @@ class Trainer:
             self._lr: float = self.optimizer.param_groups[0]['lr']
             updates += 1
             self.scheduler.step_update(updates)
-            total += loss.detach()  # read once an epoch: reading waits for the device
+            total += loss.detach()  # read once per epoch, since reading synchronizes with the device
         if machine.processes > 1:
             dist.all_reduce(total)
         return total.item() / (self.updates_per_epoch * machine.processes)
 
     @torch.inference_mode()
     def _evaluate(self) -> tuple[float, float]:
-        """Top-1 accuracy in per cent of the test set, and its mean cross-entropy."""
+        """Return top-1 accuracy in per cent and mean cross-entropy on the test set."""
         machine = self.machine
         self.model.eval()
         images, labels = (part[machine.rank :: machine.processes] for part in self.data.test)
-        totals = torch.zeros(2, dtype=torch.float32, device=machine.device)  # correct ones, and losses
+        totals = torch.zeros(2, dtype=torch.float32, device=machine.device)  # correct images, sum of losses
         for start in range(0, len(images), EVAL_BATCH_SIZE):
             batch = self.data.normalize(images[start : start + EVAL_BATCH_SIZE])
             with self._autocast():
@@ -240,11 +241,11 @@ class Trainer:
         correct, loss_sum = totals.tolist()
         return 100 * correct / len(self.data.test[0]), loss_sum / len(self.data.test[0])
 
-    def agree(self, checkpoint: Path) -> None:
-        """Make sure that all processes start from the same epoch.
+    def check_same_epoch(self, checkpoint: Path) -> None:
+        """Check that all processes start from the same epoch.
 
         Raises:
-            CheckpointError: This one does not see the checkpoint that the first one sees.
+            CheckpointError: This process has read another checkpoint than the first process.
         """
         if self.machine.processes == 1:
             return
@@ -252,15 +253,15 @@ class Trainer:
         dist.broadcast(epoch, 0)
         if epoch.item() != self.progress.epoch:
             raise CheckpointError(
-                f'process {self.machine.rank} has epoch {self.progress.epoch} in {checkpoint}, the first process has '
-                f'{epoch.item()}: give an --output that all machines share.'
+                f'process {self.machine.rank} read epoch {self.progress.epoch} from {checkpoint}, the first process '
+                f'read epoch {epoch.item()}: give an --output that all machines share.'
             )
 
     def save(self, path: Path) -> None:
-        """Write everything that the next epoch starts from, as safetensors."""
+        """Write everything that the next epoch needs to a safetensors file."""
         tensors = {f'model.{name}': tensor for name, tensor in self.model.state_dict().items()}
         for name, parameter in self.model.named_parameters():
-            if parameter in self.optimizer.state:  # not before the first update
+            if parameter in self.optimizer.state:  # empty before the first update
                 tensors[f'momentum.{name}'] = self.optimizer.state[parameter]['momentum_buffer']
         metadata = {
             'run': json.dumps(self.run),
@@ -272,10 +273,10 @@ class Trainer:
             file.write(save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata))
 
     def load(self, path: Path) -> None:
-        """Go on from what `save` has written.
+        """Resume from a file that `save` wrote.
 
         Raises:
-            CheckpointError: It is of another run or of another commit of this repository, or damaged.
+            CheckpointError: It belongs to another run or to another commit of this repository, or is damaged.
         """
         try:
             with safe_open(path, 'pt', device=str(self.machine.device)) as file:
@@ -284,12 +285,14 @@ class Trainer:
         except SafetensorError as error:
             raise CheckpointError(f'{path} is damaged ({error}): remove it.') from None
         if json.loads(metadata['run']) != list(self.run):
-            raise CheckpointError(f'{path} is of another run, {metadata["run"]}: remove it, or give another --output.')
+            raise CheckpointError(
+                f'{path} belongs to another run, {metadata["run"]}: remove it, or give another --output.'
+            )
         setup = Setup(*json.loads(metadata['setup']))
         if setup.commit != commit():
             raise CheckpointError(
-                f'{path} was computed by the code of commit {setup.commit or "unknown"}, and this is '
-                f'{commit() or "unknown"}: check that commit out, or remove the file to train again from the start.'
+                f'{path} was written by commit {setup.commit or "unknown"}, and this is commit '
+                f'{commit() or "unknown"}: check out the former, or remove the file to train again from the start.'
             )
         self._setups.insert(0, setup)
         self.progress = Progress(*json.loads(metadata['progress']))
