@@ -87,7 +87,7 @@ KEPT: list[Any] = []
         lambda h: h.mT,
         lambda h: h.untyped_storage(),
         lambda h: h.numpy(),
-        lambda h: torch.futures.Future().set_result(h) or h,
+        lambda h: torch.futures.Future().set_result(h) or h,  # type: ignore[func-returns-value]
         torch.utils.dlpack.to_dlpack,
     ],
 )

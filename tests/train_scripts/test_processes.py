@@ -63,7 +63,7 @@ def test_slurm_without_torchrun_is_one_process(monkeypatch) -> None:
 
 @pytest.mark.slow
 def test_torchrun(tmp_path) -> None:
-    """Two processes of torchrun train one run. They write one row, and the weights only differ from those of one process by rounding."""
+    """Two processes train one run. They write one row, and only rounding separates their weights from one process's."""
     launch = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2']
     end = subprocess.run(
         [*launch, frozen_ablation.__file__, str(tmp_path / 'two')], capture_output=True, text=True, timeout=240
