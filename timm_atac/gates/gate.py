@@ -187,6 +187,8 @@ CHANNEL_ATTENTION = (SEModule, EffectiveSEModule, SqueezeExcite, GatherExcite, T
 def output_of_gate_layer(module: Any, x: torch.Tensor) -> torch.Tensor:
     """Run the module on copies of its buffers, and return the output of its layer `gate`."""
     _check(x)
+    if isinstance(module, ChannelModule):
+        module.check_input(x)  # a unit without a width has no layers yet
     outputs: list[torch.Tensor] = []
     handle = module.gate.register_forward_hook(lambda layer, args, output: outputs.append(output))
     buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}

@@ -76,7 +76,7 @@ class ChannelModule(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not torch.jit.is_scripting():
-            self._check(x)
+            self.check_input(x)
         if self.input_fmt == 'NCHW':
             return self.activate(x)
         if self.input_fmt == 'NCL':
@@ -84,7 +84,8 @@ class ChannelModule(nn.Module):
         nchw = x.unsqueeze(1).transpose(1, -1).flatten(2).unsqueeze(-1)  # (B, C, N, 1), a view
         return self.activate(nchw).squeeze(-1).transpose(1, 2).reshape(x.shape)
 
-    def _check(self, x: torch.Tensor) -> None:
+    def check_input(self, x: torch.Tensor) -> None:
+        """Raise ValueError for a unit without a width, or an input of another width. Tracing skips the check."""
         if torch.jit.is_tracing() or isinstance(x, torch.fx.Proxy):
             return
         if self.channels is None:

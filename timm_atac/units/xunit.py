@@ -96,13 +96,13 @@ class XUnit(ChannelModule):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not torch.jit.is_scripting():
-            self._check(x)
+            self.check_input(x)
         if self.input_fmt == 'NCHW' or self.input_fmt == 'NCL':
             return self.activate(x)
         return self.activate(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
-    def _check(self, x: torch.Tensor) -> None:
-        super()._check(x)
+    def check_input(self, x: torch.Tensor) -> None:
+        super().check_input(x)
         if not isinstance(x, torch.fx.Proxy) and x.ndim != 4:
             raise ValueError(
                 f'XUnit{self.place} got an input of shape {tuple(x.shape)}: expected (B, C, H, W) or (B, H, W, C), '
