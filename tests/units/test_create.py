@@ -54,7 +54,7 @@ def test_options_go_where_they_are_taken() -> None:
 @pytest.mark.parametrize(
     'act_layer, message',
     [
-        ('relu', "rd_ratio=0.5 was given with act_layer='relu', which does not take rd_ratio"),
+        ('relu', "rd_ratio=0.5 was given with act_layer='relu', which has no bottleneck"),
         (partial(ATAC, rd_ratio=0.25), 'which already has a rd_ratio'),
     ],
 )

@@ -20,7 +20,7 @@ from numbers import Real
 
 import torch
 import torch.nn as nn
-from timm.layers import LayerType, create_act_layer, get_act_layer, get_norm_layer
+from timm.layers import LayerType, create_act_layer, get_norm_layer
 
 from .deferred import ChannelModule
 from .xunit import XUnit
@@ -146,14 +146,16 @@ class ATAC(ChannelBottleneck):
         device=None,
         dtype=None,
     ) -> None:
-        self._gate_layer = get_act_layer(gate_layer)  # before super().__init__(), which calls build()
-        super().__init__(channels, rd_ratio, act_layer, norm_layer, inplace, input_fmt, device=device, dtype=dtype)
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__(channels, rd_ratio, act_layer, norm_layer, inplace, input_fmt, **dd)
+        self.gate = (create_act_layer(gate_layer) or nn.Identity()).to(**dd)
 
     def build(self, channels: int, device=None, dtype=None) -> None:
         super().build(channels, device=device, dtype=dtype)
-        self.gate = create_act_layer(self._gate_layer) or nn.Identity()
-        self.gate.to(device=device, dtype=dtype)
-        del self._gate_layer
+        if hasattr(self, 'gate'):  # the width was not known in __init__. Register the gate last, as if it had been
+            gate = self.gate
+            del self.gate
+            self.gate = gate.to(device=device, dtype=dtype)
 
     def activate(self, x: torch.Tensor) -> torch.Tensor:
         return x * self.gate(self.bottleneck(x))

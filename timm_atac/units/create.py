@@ -52,7 +52,7 @@ def create_activation(
     accepted = signature(layer).parameters
     bound: dict[str, Any] = layer.keywords if isinstance(layer, partial) else {}
     if rd_ratio is not None and ('rd_ratio' not in accepted or 'rd_ratio' in bound):
-        reason = 'already has a rd_ratio' if 'rd_ratio' in bound else 'does not take rd_ratio'
+        reason = 'already has a rd_ratio' if 'rd_ratio' in bound else 'has no bottleneck'
         raise ValueError(
             f'rd_ratio={rd_ratio!r} was given with act_layer={act_layer!r}, which {reason}. Drop one of the two. '
             f'(For an attn_layer, pass a partial: attn_layer=partial(timm_atac.LocalSE, rd_ratio={rd_ratio!r}).)'

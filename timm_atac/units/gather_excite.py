@@ -26,7 +26,8 @@ class MapConv2d(nn.Conv2d):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         torch._assert(x.shape[2:] == self.weight.shape[2:], 'expected a map as large as the weight')  # no broadcast
         y = (x * self.weight[:, 0]).sum((2, 3), keepdim=True)
-        return y if self.bias is None else y + self.bias.view(-1, 1, 1)
+        bias = self.bias  # TorchScript needs a local variable to see that it is not None
+        return y if bias is None else y + bias.view(-1, 1, 1)
 
 
 class GatherExcite(nn.Module):
