@@ -258,6 +258,16 @@ def test_gates_of_activations_that_write_over_their_input() -> None:
     assert all(torch.equal(gates[name], (inputs[name] > 0).float()) for name in gates)
 
 
+def test_a_gate_that_is_the_input_of_a_module_that_writes_over_it() -> None:
+    class Square(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.mul_(x)
+
+    gate.register(Square, lambda module, x: x)
+    x = torch.full((1, 3, 2, 2), 3.0)
+    assert torch.equal(gate_maps(nn.Sequential(nn.Identity(), Square()), x.clone(), Square)['1'], x)
+
+
 def test_gates_of_several_types(small) -> None:
     """Given types that contain units, their gates are those of `gate_maps(model, x)`, one for each call."""
     x = torch.randn(1, 1, 8, 8)
