@@ -329,7 +329,7 @@ def test_gates_of_several_models(run) -> None:
     fails(gates('resnet8_cifar', 'net'), 'net is a folder: give --model local-dir:net')
     # these errors come before any download
     fails(gates('resnet8_cifar', 'resnet18'), 'different images: resnet8_cifar 3x32x32, resnet18 3x224x224')
-    fails(gates('vgg11', 'resnet18'), 'no place with a gate in common: vgg11: features')
+    fails(gates('vgg11', 'resnet18'), 'no block with a gate in common: vgg11: features')
     fails(gates(*pair), 'Give other weights with --checkpoint FILE, or random ones with --untrained')
     with pytest.raises(SystemExit):
         run('gates', '--model', *pair, 'red.png')  # the image is taken for a model: the usage puts it first
