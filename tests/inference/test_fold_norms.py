@@ -1,4 +1,4 @@
-"""Which norms go into which layers, and that the layers then compute the same."""
+"""Which norms are folded into which layers, and that the layers then compute the same."""
 
 import copy
 import sys
@@ -154,7 +154,7 @@ def _without_statistics(net: Any) -> None:
 @pytest.mark.parametrize('change', [_hooked, _parametrized, _without_statistics])
 @pytest.mark.parametrize('by_value', [False, True])
 def test_what_stays(change, by_value) -> None:
-    """Also where the forward pass needs values, so that it cannot run on the meta device."""
+    """`by_value` is a forward pass that needs values, so that it cannot run on the meta device."""
     model = lived_in(Net(lambda net, x: net.bn(net.conv(x)) * (x.sum().item() if by_value else 1)))
     change(model)
     model.eval()
@@ -193,7 +193,7 @@ def test_layers(layer, norm, shape) -> None:
 
 
 def test_linear_layer_of_tokens_stays() -> None:
-    """Its channels are the last dimension, a BatchNorm's the second."""
+    """Its channels are the last dimension, those of a BatchNorm the second."""
     model = nn.Sequential(nn.Linear(5, 5), nn.BatchNorm1d(5)).double()
     x = torch.randn(4, 5, 5, dtype=torch.float64)
     model(x)
@@ -213,8 +213,17 @@ def test_frozen_norms() -> None:
     torch.testing.assert_close(fused(x), model(x), rtol=1e-11, atol=1e-11)
 
 
+def test_drop_runs_before_the_activation() -> None:
+    """timm's synchronized norm has them as attributes in the other order."""
+    norm = timm.layers.convert_sync_batchnorm(timm.layers.BatchNormAct2d(3, drop_layer=nn.Dropout)).eval()
+    assert [name for name, _ in norm.named_children()] == ['act', 'drop']
+    fold(nn.Conv2d(3, 3, 1), norm)
+    assert type(norm) is nn.Sequential
+    assert [name for name, _ in norm.named_children()] == ['drop', 'act']
+
+
 def test_half_precision_is_folded_exactly() -> None:
-    """Rounded once: nearer to float64 than a product of rounded numbers."""
+    """The folded weights are the float64 weights rounded once."""
     conv, norm = nn.Conv2d(16, 16, 1).bfloat16(), nn.BatchNorm2d(16).eval().bfloat16()
     assert norm.running_var is not None
     nn.init.uniform_(norm.weight, 0.5, 1.5)

@@ -1,4 +1,4 @@
-"""Models fused for inference: the same function, in every way a model is run, and nothing that could be saved."""
+"""`fuse` returns a model of the same function, in every way to run it. It has no state dict."""
 
 import copy
 from collections import Counter
@@ -11,6 +11,8 @@ import torch.nn as nn
 from fused_models import images, lived_in, norms, scale
 from timm.layers import convert_sync_batchnorm
 from timm.models import save_for_hf
+from timm.utils import ModelEmaV2, ModelEmaV3
+from torch.optim.swa_utils import AveragedModel
 
 from timm_atac import ATAC, ATACMe, LocalSE, fuse, replace_activations
 from timm_atac.gates.pictures import gate_maps
@@ -145,7 +147,7 @@ def test_subclass_keeps_its_formula() -> None:
 
 
 class Ensemble(nn.Module):
-    """Something else than a wrapper that has its model by the same name."""
+    """Has an attribute `module` like a wrapper, and is none: it computes more than its `module`."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -171,7 +173,7 @@ def _by_lists(model: Any) -> None:
 
 
 class Listed(nn.Module):
-    """Has its layers in a list that PyTorch does not know of, and by name."""
+    """Calls its layers from a plain list. They are also registered."""
 
     def __init__(self, layers: list[Any]) -> None:
         super().__init__()
@@ -191,6 +193,13 @@ def test_whatever_was_done_to_a_unit(change) -> None:
     torch.testing.assert_close(fuse(model)(x), model(x), rtol=1e-12, atol=1e-11)
 
 
+def test_units_in_a_plain_list_are_fused() -> None:
+    model = lived_in(timm.create_model('atac_resnet18'))
+    _by_lists(model)
+    fused: Any = fuse(model)
+    assert [type(layer) for layer in fused.layer4[0].layers if layer in units(fused)] == 2 * [FusedATAC]
+
+
 def test_features_by_hooks() -> None:
     model = lived_in(timm.create_model('resnet18', act_layer='atac', features_only=True, feature_cls='hook'))
     x = images(model)
@@ -206,7 +215,7 @@ def test_no_wrapper() -> None:
 
 
 def test_blocks_of_timm_in_float64() -> None:
-    """Some have a method that makes float32 layers of any."""
+    """RepViT has methods `fuse`, which return float32 layers for any type. They must not be called."""
     model = lived_in(timm.create_model('repvit_m0_9'), size=64)
     x = images(model, 64)
     torch.testing.assert_close(fuse(model)(x), model(x), rtol=1e-11, atol=1e-11)
@@ -214,7 +223,7 @@ def test_blocks_of_timm_in_float64() -> None:
 
 @pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])
 def test_autocast(memory_format) -> None:
-    """No further from float64 than the plain model, but for folded weights, which are rounded with their norm."""
+    """The error is at most twice that of the plain model, because folded weights are rounded with their norm."""
     model = lived_in(timm.create_model('atac_resnet18'), dtype=torch.float32)
     fused = fuse(model)
     x = images(model).to(memory_format=memory_format)
@@ -293,7 +302,15 @@ def test_nothing_to_save_or_load(tmp_path) -> None:
 def test_what_is_inside_of_wrappers() -> None:
     model = lived_in(timm.create_model('atac_resnet8_cifar'))
     x = images(model)
-    wrappers: list[Any] = [torch.compile(model, backend='eager'), nn.DataParallel(model)]
+    wrappers: list[Any] = [
+        torch.compile(model, backend='eager'),
+        nn.DataParallel(model),
+        torch.compile(nn.DataParallel(model), backend='eager'),
+        nn.DataParallel(torch.compile(model, backend='eager')),
+        AveragedModel(model),
+        ModelEmaV2(model),
+        ModelEmaV3(model),
+    ]
     for wrapped in wrappers:
         fused = fuse(wrapped)
         assert type(fused) is type(model)

@@ -1,4 +1,4 @@
-"""docs/coverage.md says what is true of timm's own models."""
+"""docs/coverage.md is correct for timm's own models."""
 
 import re
 from collections.abc import Iterator
@@ -55,7 +55,7 @@ def test_row(title, module) -> None:
 
 
 def modules() -> Iterator:
-    """To find the smallest model all of a module are built, which takes longer than to walk through it."""
+    """The search for the smallest model builds all models of a module. That is slow, so most modules are slow tests."""
     for module in hosts.host_modules():
         few = len(timm.list_models(module=module)) <= FEW
         yield pytest.param(module, marks=[] if few else [pytest.mark.slow, pytest.mark.all_hosts])
@@ -110,7 +110,7 @@ def test_widths(name, way, result) -> None:
 
 
 def test_a_wrong_width_is_found() -> None:
-    """The walk compares with what runs: it must see a unit for other channels, or with them in another place."""
+    """A unit for another number of channels, or for another layout, is a failure."""
     model = timm.create_model('test_resnet', act_layer='atac')
     x = hosts.image('test_resnet')
     assert hosts.executed(model, x) == {'NCHW'}
