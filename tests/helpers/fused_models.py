@@ -8,7 +8,7 @@ import torch.nn as nn
 _BATCH_NORM = nn.modules.batchnorm._BatchNorm
 
 
-def lived_in(model: Any, size: int = 32, dtype: torch.dtype = torch.float64) -> Any:
+def with_random_norms(model: Any, size: int = 32, dtype: torch.dtype = torch.float64) -> Any:
     """Give the norms of a model random scales and shifts, and the statistics of one batch."""
     model = model.to(dtype).train()
     for norm in norms(model):

@@ -9,7 +9,7 @@ import pytest
 import timm
 import torch
 import torch.nn as nn
-from fused_models import images, lived_in, norms
+from fused_models import images, norms, with_random_norms
 from timm.utils import freeze
 from torch.nn.utils import parametrize
 
@@ -64,7 +64,7 @@ def _in_place(net: Any, x: torch.Tensor) -> torch.Tensor:
     ],
 )
 def test_only_what_is_next_to_each_other(folds, run) -> None:
-    model = lived_in(Net(run))
+    model = with_random_norms(Net(run))
     x = images(model)
     fused = fuse(model, example_input=x)
     assert isinstance(fused.bn, nn.Identity) == bool(folds)
@@ -103,7 +103,7 @@ def test_a_kept_output_is_not_normalized(monkeypatch, keep, by_value, references
         KEPT.append(keep(h))
         return net.bn(h) * (x.sum().item() if by_value else 1)
 
-    model = lived_in(Net(run))
+    model = with_random_norms(Net(run))
     fused = fuse(model, example_input=images(model))
     assert isinstance(fused.bn, nn.BatchNorm2d)
 
@@ -130,7 +130,7 @@ def test_outputs_are_not_kept_alive(monkeypatch) -> None:
     monkeypatch.setattr(CountLive, 'inputs', [])
     monkeypatch.setattr(CountLive, 'most', 0)
     stages = [nn.Sequential(nn.Conv2d(3, 3, 1), CountLive(), nn.BatchNorm2d(3)) for _ in range(8)]
-    model = lived_in(NeedsValues(*stages))
+    model = with_random_norms(NeedsValues(*stages))
     CountLive.inputs.clear()
     CountLive.most = 0
     fused = fuse(model, example_input=images(model))
@@ -155,7 +155,7 @@ def _without_statistics(net: Any) -> None:
 @pytest.mark.parametrize('by_value', [False, True])
 def test_what_stays(change, by_value) -> None:
     """`by_value` is a forward pass that needs values, so that it cannot run on the meta device."""
-    model = lived_in(Net(lambda net, x: net.bn(net.conv(x)) * (x.sum().item() if by_value else 1)))
+    model = with_random_norms(Net(lambda net, x: net.bn(net.conv(x)) * (x.sum().item() if by_value else 1)))
     change(model)
     model.eval()
     x = images(model)
@@ -165,7 +165,7 @@ def test_what_stays(change, by_value) -> None:
 
 
 def test_forward_that_needs_values() -> None:
-    model = lived_in(Net(lambda net, x: net.bn(net.conv(x)) * x.sum().item()))
+    model = with_random_norms(Net(lambda net, x: net.bn(net.conv(x)) * x.sum().item()))
     x = images(model)
     fused = fuse(model, example_input=x)
     assert isinstance(fused.bn, nn.Identity)
@@ -203,7 +203,7 @@ def test_linear_layer_of_tokens_stays() -> None:
 
 
 def test_frozen_norms() -> None:
-    model = lived_in(timm.create_model('atac_resnet18'))
+    model = with_random_norms(timm.create_model('atac_resnet18'))
     frozen: Any = copy.deepcopy(model)
     freeze(frozen)
     assert not norms(frozen)

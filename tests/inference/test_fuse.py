@@ -8,7 +8,7 @@ import pytest
 import timm
 import torch
 import torch.nn as nn
-from fused_models import images, lived_in, norms, scale
+from fused_models import images, norms, scale, with_random_norms
 from timm.layers import convert_sync_batchnorm
 from timm.models import save_for_hf
 from timm.utils import ModelEmaV2, ModelEmaV3
@@ -48,7 +48,7 @@ def test_same_function(name) -> None:
     model: Any = create()
     if name == 'synchronized':
         sync, model = model, timm.create_model('atac_resnet18')
-    model = lived_in(model)
+    model = with_random_norms(model)
     if name == 'synchronized':
         sync.load_state_dict(model.state_dict())
         model = sync.double().eval()
@@ -74,7 +74,7 @@ def test_same_function(name) -> None:
 
 @pytest.mark.parametrize('name', ['atac_resnet18', 'atac_resnet8_cifar'])
 def test_intermediates(name) -> None:
-    model = lived_in(timm.create_model(name))
+    model = with_random_norms(timm.create_model(name))
     fused: Any = fuse(model)
     x = images(model)
     for expected, found in zip(model.forward_intermediates(x)[1], fused.forward_intermediates(x)[1], strict=True):
@@ -139,7 +139,7 @@ class OwnFormula(ATAC):
 
 
 def test_subclass_keeps_its_formula() -> None:
-    model = lived_in(nn.Sequential(nn.Conv2d(3, 6, 1), OwnFormula(6)))
+    model = with_random_norms(nn.Sequential(nn.Conv2d(3, 6, 1), OwnFormula(6)))
     fused: Any = fuse(model, example_input=images(model))
     assert not norms(fused) and isinstance(fused[1], OwnFormula)
     x = images(model)
@@ -187,21 +187,21 @@ class Listed(nn.Module):
 
 @pytest.mark.parametrize('change', [_with_a_hook, _with_a_forward, _by_lists])
 def test_whatever_was_done_to_a_unit(change) -> None:
-    model = lived_in(timm.create_model('atac_resnet18'))
+    model = with_random_norms(timm.create_model('atac_resnet18'))
     change(model)
     x = images(model)
     torch.testing.assert_close(fuse(model)(x), model(x), rtol=1e-12, atol=1e-11)
 
 
 def test_units_in_a_plain_list_are_fused() -> None:
-    model = lived_in(timm.create_model('atac_resnet18'))
+    model = with_random_norms(timm.create_model('atac_resnet18'))
     _by_lists(model)
     fused: Any = fuse(model)
     assert [type(layer) for layer in fused.layer4[0].layers if layer in units(fused)] == 2 * [FusedATAC]
 
 
 def test_features_by_hooks() -> None:
-    model = lived_in(timm.create_model('resnet18', act_layer='atac', features_only=True, feature_cls='hook'))
+    model = with_random_norms(timm.create_model('resnet18', act_layer='atac', features_only=True, feature_cls='hook'))
     x = images(model)
     expected, found = model(x), fuse(model)(x)
     assert [y.shape for y in found] == [y.shape for y in expected]
@@ -209,14 +209,14 @@ def test_features_by_hooks() -> None:
 
 
 def test_no_wrapper() -> None:
-    model = Ensemble(lived_in(timm.create_model('atac_resnet8_cifar')))
+    model = Ensemble(with_random_norms(timm.create_model('atac_resnet8_cifar')))
     x = images(model)
     torch.testing.assert_close(fuse(model, example_input=x)(x), model(x), rtol=1e-12, atol=1e-11)
 
 
 def test_blocks_of_timm_in_float64() -> None:
     """RepViT has methods `fuse`, which return float32 layers for any type. They must not be called."""
-    model = lived_in(timm.create_model('repvit_m0_9'), size=64)
+    model = with_random_norms(timm.create_model('repvit_m0_9'), size=64)
     x = images(model, 64)
     torch.testing.assert_close(fuse(model)(x), model(x), rtol=1e-11, atol=1e-11)
 
@@ -224,7 +224,7 @@ def test_blocks_of_timm_in_float64() -> None:
 @pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])
 def test_autocast(memory_format) -> None:
     """The error is at most twice that of the plain model, because folded weights are rounded with their norm."""
-    model = lived_in(timm.create_model('atac_resnet18'), dtype=torch.float32)
+    model = with_random_norms(timm.create_model('atac_resnet18'), dtype=torch.float32)
     fused = fuse(model)
     x = images(model).to(memory_format=memory_format)
     exact = copy.deepcopy(model).double()(x.double())
@@ -237,7 +237,7 @@ def test_autocast(memory_format) -> None:
 @pytest.mark.filterwarnings('ignore:The TorchScript type system:UserWarning')
 @pytest.mark.parametrize('name', ['atac_resnet8_cifar'])
 def test_exports(name, run_onnx) -> None:
-    model = lived_in(timm.create_model(name), dtype=torch.float32)
+    model = with_random_norms(timm.create_model(name), dtype=torch.float32)
     fused = fuse(model)
     x = images(model)
     with torch.no_grad():
@@ -274,7 +274,7 @@ def test_hooks_on_parts_are_called() -> None:
 
 
 def test_gates_can_be_looked_at() -> None:
-    model = lived_in(timm.create_model('atac_resnet8_cifar'), dtype=torch.float32)
+    model = with_random_norms(timm.create_model('atac_resnet8_cifar'), dtype=torch.float32)
     x = images(model)
     expected, found = gate_maps(model, x), gate_maps(fuse(model), x)
     assert found.keys() == expected.keys()
@@ -300,7 +300,7 @@ def test_nothing_to_save_or_load(tmp_path) -> None:
 
 
 def test_what_is_inside_of_wrappers() -> None:
-    model = lived_in(timm.create_model('atac_resnet8_cifar'))
+    model = with_random_norms(timm.create_model('atac_resnet8_cifar'))
     x = images(model)
     wrappers: list[Any] = [
         torch.compile(model, backend='eager'),
@@ -318,7 +318,7 @@ def test_what_is_inside_of_wrappers() -> None:
 
 
 def test_fused_twice() -> None:
-    model = lived_in(timm.create_model('atac_resnet8_cifar'))
+    model = with_random_norms(timm.create_model('atac_resnet8_cifar'))
     x = images(model)
     torch.testing.assert_close(fuse(fuse(model))(x), model(x), rtol=1e-12, atol=1e-11)
 
@@ -328,7 +328,7 @@ def test_fused_twice() -> None:
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])
 def test_on_a_gpu(dtype, memory_format) -> None:
-    model = lived_in(timm.create_model('atac_resnet18'), dtype=torch.float32)
+    model = with_random_norms(timm.create_model('atac_resnet18'), dtype=torch.float32)
     x = images(model)
     exact = copy.deepcopy(model).double()(x.double())
     model.cuda()
