@@ -121,11 +121,16 @@ def training(setting: Setting, shape: Shape, names: Sequence[str], graphs: bool 
     torch.compiler.reset()
     x, grad = setting.feature_map(shape), setting.feature_map(shape)
     plain = unit_for(shape[0]).train()
-    lean: Any = ATACMe(shape[0]).train()
-    lean.load_state_dict(plain.state_dict())
-    for unit in (plain, lean):
+    memory_efficient: Any = ATACMe(shape[0]).train()
+    memory_efficient.load_state_dict(plain.state_dict())
+    for unit in (plain, memory_efficient):
         unit.to(setting.device, memory_format=setting.layout)
-    modules = {'ATAC': plain, 'compiled': torch.compile(plain), 'ATACMe': lean, 'ATACMe, kernels': lean}
+    modules = {
+        'ATAC': plain,
+        'compiled': torch.compile(plain),
+        'ATACMe': memory_efficient,
+        'ATACMe, kernels': memory_efficient,
+    }
     runs: dict[str, Callable[[], object]] = {'copy': partial(torch.empty_like(x).copy_, x)}
     x = x.detach().requires_grad_()
     runs |= {name: partial(_forward_backward, setting, name, modules[name], x, grad) for name in names}

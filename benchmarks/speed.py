@@ -188,11 +188,14 @@ def units(mode: Mode, batch: int, rounds: int) -> dict[str, dict[str, Any]]:
     for channels, height, width in shapes():
         torch.compiler.reset()  # forget the previous shape
         unit = ATAC(channels)
-        lean = ATACMe(channels)
-        lean.load_state_dict(unit.state_dict())
+        memory_efficient = ATACMe(channels)
+        memory_efficient.load_state_dict(unit.state_dict())
         x = mode.tensor(batch, channels, height, width)
         x = x.bfloat16() if mode.bf16 else x
-        trained = {'ATAC, training': mode.prepare(unit).train(), 'ATACMe, training': mode.prepare(lean).train()}
+        trained = {
+            'ATAC, training': mode.prepare(unit).train(),
+            'ATACMe, training': mode.prepare(memory_efficient).train(),
+        }
         plain = ATAC(channels).eval()
         small = torch.zeros(2, channels, 2, 2)
         fused = fuse(plain, example_input=small, kernel=False)

@@ -1,4 +1,4 @@
-"""Models whose norms have something to do."""
+"""Models with norms that are no identities, and inputs for them."""
 
 from typing import Any
 
@@ -8,8 +8,8 @@ import torch.nn as nn
 _BATCH_NORM = nn.modules.batchnorm._BatchNorm
 
 
-def lived_in(model: Any, size: int = 32, dtype: torch.dtype = torch.float64) -> Any:
-    """A model whose norms have scales, shifts, and the statistics of a batch."""
+def with_random_norms(model: Any, size: int = 32, dtype: torch.dtype = torch.float64) -> Any:
+    """Give the norms of a model random scales and shifts, and the statistics of one batch."""
     model = model.to(dtype).train()
     for norm in norms(model):
         norm.momentum = None
@@ -22,8 +22,8 @@ def lived_in(model: Any, size: int = 32, dtype: torch.dtype = torch.float64) -> 
 
 
 def images(model: nn.Module, size: int = 32) -> torch.Tensor:
-    like = next(model.parameters())
-    return torch.randn(8, 3, size, size, device=like.device, dtype=like.dtype)
+    reference = next(model.parameters())
+    return torch.randn(8, 3, size, size, device=reference.device, dtype=reference.dtype)
 
 
 def norms(model: nn.Module) -> list[Any]:

@@ -1,4 +1,4 @@
-"""Which norms go into which layers, and that the layers then compute the same."""
+"""Which norms are folded into which layers, and that the layers then compute the same."""
 
 import copy
 import sys
@@ -9,7 +9,7 @@ import pytest
 import timm
 import torch
 import torch.nn as nn
-from fused_models import images, lived_in, norms
+from fused_models import images, norms, with_random_norms
 from timm.utils import freeze
 from torch.nn.utils import parametrize
 
@@ -64,11 +64,18 @@ def _in_place(net: Any, x: torch.Tensor) -> torch.Tensor:
     ],
 )
 def test_only_what_is_next_to_each_other(folds, run) -> None:
-    model = lived_in(Net(run))
+    model = with_random_norms(Net(run))
     x = images(model)
     fused = fuse(model, example_input=x)
     assert isinstance(fused.bn, nn.Identity) == bool(folds)
     torch.testing.assert_close(fused(x), model(x), rtol=1e-12, atol=1e-12)
+
+
+def _in_a_future(h: torch.Tensor) -> Any:
+    """Only C++ has a reference to the tensor."""
+    future: torch.futures.Future = torch.futures.Future()
+    future.set_result(h)
+    return future
 
 
 KEPT: list[Any] = []
@@ -87,7 +94,7 @@ KEPT: list[Any] = []
         lambda h: h.mT,
         lambda h: h.untyped_storage(),
         lambda h: h.numpy(),
-        lambda h: torch.futures.Future().set_result(h) or h,  # type: ignore[func-returns-value]
+        _in_a_future,
         torch.utils.dlpack.to_dlpack,
     ],
 )
@@ -103,7 +110,7 @@ def test_a_kept_output_is_not_normalized(monkeypatch, keep, by_value, references
         KEPT.append(keep(h))
         return net.bn(h) * (x.sum().item() if by_value else 1)
 
-    model = lived_in(Net(run))
+    model = with_random_norms(Net(run))
     fused = fuse(model, example_input=images(model))
     assert isinstance(fused.bn, nn.BatchNorm2d)
 
@@ -130,7 +137,7 @@ def test_outputs_are_not_kept_alive(monkeypatch) -> None:
     monkeypatch.setattr(CountLive, 'inputs', [])
     monkeypatch.setattr(CountLive, 'most', 0)
     stages = [nn.Sequential(nn.Conv2d(3, 3, 1), CountLive(), nn.BatchNorm2d(3)) for _ in range(8)]
-    model = lived_in(NeedsValues(*stages))
+    model = with_random_norms(NeedsValues(*stages))
     CountLive.inputs.clear()
     CountLive.most = 0
     fused = fuse(model, example_input=images(model))
@@ -154,8 +161,8 @@ def _without_statistics(net: Any) -> None:
 @pytest.mark.parametrize('change', [_hooked, _parametrized, _without_statistics])
 @pytest.mark.parametrize('by_value', [False, True])
 def test_what_stays(change, by_value) -> None:
-    """Also where the forward pass needs values, so that it cannot run on the meta device."""
-    model = lived_in(Net(lambda net, x: net.bn(net.conv(x)) * (x.sum().item() if by_value else 1)))
+    """`by_value` is a forward pass that needs values, so that it cannot run on the meta device."""
+    model = with_random_norms(Net(lambda net, x: net.bn(net.conv(x)) * (x.sum().item() if by_value else 1)))
     change(model)
     model.eval()
     x = images(model)
@@ -165,7 +172,7 @@ def test_what_stays(change, by_value) -> None:
 
 
 def test_forward_that_needs_values() -> None:
-    model = lived_in(Net(lambda net, x: net.bn(net.conv(x)) * x.sum().item()))
+    model = with_random_norms(Net(lambda net, x: net.bn(net.conv(x)) * x.sum().item()))
     x = images(model)
     fused = fuse(model, example_input=x)
     assert isinstance(fused.bn, nn.Identity)
@@ -193,7 +200,7 @@ def test_layers(layer, norm, shape) -> None:
 
 
 def test_linear_layer_of_tokens_stays() -> None:
-    """Its channels are the last dimension, a BatchNorm's the second."""
+    """Its channels are the last dimension, those of a BatchNorm the second."""
     model = nn.Sequential(nn.Linear(5, 5), nn.BatchNorm1d(5)).double()
     x = torch.randn(4, 5, 5, dtype=torch.float64)
     model(x)
@@ -203,7 +210,7 @@ def test_linear_layer_of_tokens_stays() -> None:
 
 
 def test_frozen_norms() -> None:
-    model = lived_in(timm.create_model('atac_resnet18'))
+    model = with_random_norms(timm.create_model('atac_resnet18'))
     frozen: Any = copy.deepcopy(model)
     freeze(frozen)
     assert not norms(frozen)
@@ -213,8 +220,17 @@ def test_frozen_norms() -> None:
     torch.testing.assert_close(fused(x), model(x), rtol=1e-11, atol=1e-11)
 
 
+def test_drop_runs_before_the_activation() -> None:
+    """timm's synchronized norm has them as attributes in the other order."""
+    norm = timm.layers.convert_sync_batchnorm(timm.layers.BatchNormAct2d(3, drop_layer=nn.Dropout)).eval()
+    assert [name for name, _ in norm.named_children()] == ['act', 'drop']
+    fold(nn.Conv2d(3, 3, 1), norm)
+    assert type(norm) is nn.Sequential
+    assert [name for name, _ in norm.named_children()] == ['drop', 'act']
+
+
 def test_half_precision_is_folded_exactly() -> None:
-    """Rounded once: nearer to float64 than a product of rounded numbers."""
+    """The folded weights are the float64 weights rounded once."""
     conv, norm = nn.Conv2d(16, 16, 1).bfloat16(), nn.BatchNorm2d(16).eval().bfloat16()
     assert norm.running_var is not None
     nn.init.uniform_(norm.weight, 0.5, 1.5)

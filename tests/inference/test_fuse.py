@@ -1,4 +1,4 @@
-"""Models fused for inference: the same function, in every way a model is run, and nothing that could be saved."""
+"""`fuse` returns a model of the same function, in every way to run it. It has no state dict."""
 
 import copy
 from collections import Counter
@@ -8,9 +8,11 @@ import pytest
 import timm
 import torch
 import torch.nn as nn
-from fused_models import images, lived_in, norms, scale
+from fused_models import images, norms, scale, with_random_norms
 from timm.layers import convert_sync_batchnorm
 from timm.models import save_for_hf
+from timm.utils import ModelEmaV2, ModelEmaV3
+from torch.optim.swa_utils import AveragedModel
 
 from timm_atac import ATAC, ATACMe, LocalSE, fuse, replace_activations
 from timm_atac.gates.pictures import gate_maps
@@ -46,7 +48,7 @@ def test_same_function(name) -> None:
     model: Any = create()
     if name == 'synchronized':
         sync, model = model, timm.create_model('atac_resnet18')
-    model = lived_in(model)
+    model = with_random_norms(model)
     if name == 'synchronized':
         sync.load_state_dict(model.state_dict())
         model = sync.double().eval()
@@ -72,7 +74,7 @@ def test_same_function(name) -> None:
 
 @pytest.mark.parametrize('name', ['atac_resnet18', 'atac_resnet8_cifar'])
 def test_intermediates(name) -> None:
-    model = lived_in(timm.create_model(name))
+    model = with_random_norms(timm.create_model(name))
     fused: Any = fuse(model)
     x = images(model)
     for expected, found in zip(model.forward_intermediates(x)[1], fused.forward_intermediates(x)[1], strict=True):
@@ -137,7 +139,7 @@ class OwnFormula(ATAC):
 
 
 def test_subclass_keeps_its_formula() -> None:
-    model = lived_in(nn.Sequential(nn.Conv2d(3, 6, 1), OwnFormula(6)))
+    model = with_random_norms(nn.Sequential(nn.Conv2d(3, 6, 1), OwnFormula(6)))
     fused: Any = fuse(model, example_input=images(model))
     assert not norms(fused) and isinstance(fused[1], OwnFormula)
     x = images(model)
@@ -145,7 +147,7 @@ def test_subclass_keeps_its_formula() -> None:
 
 
 class Ensemble(nn.Module):
-    """Something else than a wrapper that has its model by the same name."""
+    """Has an attribute `module` like a wrapper, and is none: it computes more than its `module`."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -171,7 +173,7 @@ def _by_lists(model: Any) -> None:
 
 
 class Listed(nn.Module):
-    """Has its layers in a list that PyTorch does not know of, and by name."""
+    """Calls its layers from a plain list. They are also registered."""
 
     def __init__(self, layers: list[Any]) -> None:
         super().__init__()
@@ -185,14 +187,21 @@ class Listed(nn.Module):
 
 @pytest.mark.parametrize('change', [_with_a_hook, _with_a_forward, _by_lists])
 def test_whatever_was_done_to_a_unit(change) -> None:
-    model = lived_in(timm.create_model('atac_resnet18'))
+    model = with_random_norms(timm.create_model('atac_resnet18'))
     change(model)
     x = images(model)
     torch.testing.assert_close(fuse(model)(x), model(x), rtol=1e-12, atol=1e-11)
 
 
+def test_units_in_a_plain_list_are_fused() -> None:
+    model = with_random_norms(timm.create_model('atac_resnet18'))
+    _by_lists(model)
+    fused: Any = fuse(model)
+    assert FusedATAC in [type(layer) for layer in fused.layer4[0].layers]
+
+
 def test_features_by_hooks() -> None:
-    model = lived_in(timm.create_model('resnet18', act_layer='atac', features_only=True, feature_cls='hook'))
+    model = with_random_norms(timm.create_model('resnet18', act_layer='atac', features_only=True, feature_cls='hook'))
     x = images(model)
     expected, found = model(x), fuse(model)(x)
     assert [y.shape for y in found] == [y.shape for y in expected]
@@ -200,22 +209,22 @@ def test_features_by_hooks() -> None:
 
 
 def test_no_wrapper() -> None:
-    model = Ensemble(lived_in(timm.create_model('atac_resnet8_cifar')))
+    model = Ensemble(with_random_norms(timm.create_model('atac_resnet8_cifar')))
     x = images(model)
     torch.testing.assert_close(fuse(model, example_input=x)(x), model(x), rtol=1e-12, atol=1e-11)
 
 
 def test_blocks_of_timm_in_float64() -> None:
-    """Some have a method that makes float32 layers of any."""
-    model = lived_in(timm.create_model('repvit_m0_9'), size=64)
+    """RepViT has methods `fuse`, which return float32 layers for any type. They must not be called."""
+    model = with_random_norms(timm.create_model('repvit_m0_9'), size=64)
     x = images(model, 64)
     torch.testing.assert_close(fuse(model)(x), model(x), rtol=1e-11, atol=1e-11)
 
 
 @pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])
 def test_autocast(memory_format) -> None:
-    """No further from float64 than the plain model, but for folded weights, which are rounded with their norm."""
-    model = lived_in(timm.create_model('atac_resnet18'), dtype=torch.float32)
+    """The error is at most twice that of the plain model, because folded weights are rounded with their norm."""
+    model = with_random_norms(timm.create_model('atac_resnet18'), dtype=torch.float32)
     fused = fuse(model)
     x = images(model).to(memory_format=memory_format)
     exact = copy.deepcopy(model).double()(x.double())
@@ -228,7 +237,7 @@ def test_autocast(memory_format) -> None:
 @pytest.mark.filterwarnings('ignore:The TorchScript type system:UserWarning')
 @pytest.mark.parametrize('name', ['atac_resnet8_cifar'])
 def test_exports(name, run_onnx) -> None:
-    model = lived_in(timm.create_model(name), dtype=torch.float32)
+    model = with_random_norms(timm.create_model(name), dtype=torch.float32)
     fused = fuse(model)
     x = images(model)
     with torch.no_grad():
@@ -265,7 +274,7 @@ def test_hooks_on_parts_are_called() -> None:
 
 
 def test_gates_can_be_looked_at() -> None:
-    model = lived_in(timm.create_model('atac_resnet8_cifar'), dtype=torch.float32)
+    model = with_random_norms(timm.create_model('atac_resnet8_cifar'), dtype=torch.float32)
     x = images(model)
     expected, found = gate_maps(model, x), gate_maps(fuse(model), x)
     assert found.keys() == expected.keys()
@@ -291,9 +300,17 @@ def test_nothing_to_save_or_load(tmp_path) -> None:
 
 
 def test_what_is_inside_of_wrappers() -> None:
-    model = lived_in(timm.create_model('atac_resnet8_cifar'))
+    model = with_random_norms(timm.create_model('atac_resnet8_cifar'))
     x = images(model)
-    wrappers: list[Any] = [torch.compile(model, backend='eager'), nn.DataParallel(model)]
+    wrappers: list[Any] = [
+        torch.compile(model, backend='eager'),
+        nn.DataParallel(model),
+        torch.compile(nn.DataParallel(model), backend='eager'),
+        nn.DataParallel(torch.compile(model, backend='eager')),
+        AveragedModel(model),
+        ModelEmaV2(model),
+        ModelEmaV3(model),
+    ]
     for wrapped in wrappers:
         fused = fuse(wrapped)
         assert type(fused) is type(model)
@@ -301,7 +318,7 @@ def test_what_is_inside_of_wrappers() -> None:
 
 
 def test_fused_twice() -> None:
-    model = lived_in(timm.create_model('atac_resnet8_cifar'))
+    model = with_random_norms(timm.create_model('atac_resnet8_cifar'))
     x = images(model)
     torch.testing.assert_close(fuse(fuse(model))(x), model(x), rtol=1e-12, atol=1e-11)
 
@@ -311,7 +328,7 @@ def test_fused_twice() -> None:
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])
 def test_on_a_gpu(dtype, memory_format) -> None:
-    model = lived_in(timm.create_model('atac_resnet18'), dtype=torch.float32)
+    model = with_random_norms(timm.create_model('atac_resnet18'), dtype=torch.float32)
     x = images(model)
     exact = copy.deepcopy(model).double()(x.double())
     model.cuda()

@@ -7,7 +7,7 @@ import pytest
 import timm
 import torch
 from atac_me import pair
-from fused_models import images, lived_in
+from fused_models import images, with_random_norms
 from torch._dynamo.backends.common import aot_autograd
 from torch._subclasses import FakeTensorMode
 from torch.utils._pytree import tree_leaves
@@ -345,7 +345,7 @@ def test_fx(on_the_cpu) -> None:
 
 
 def model_and_images() -> tuple[Any, torch.Tensor, torch.Tensor]:
-    model = lived_in(timm.create_model('atac_resnet8_cifar'), dtype=torch.float32)
+    model = with_random_norms(timm.create_model('atac_resnet8_cifar'), dtype=torch.float32)
     x = images(model)[:2]
     with torch.no_grad():
         return fuse(model, kernel=True), x, model(x)

@@ -7,7 +7,7 @@ import pytest
 import timm
 import torch
 from atac_me import pair
-from fused_models import images, lived_in
+from fused_models import images, with_random_norms
 from kernel_units import DEVICE, ERRORS, LAYOUTS, error, exact, maps, parameters, poisoned, skip_without_kernels, spied
 
 from timm_atac import fuse
@@ -101,7 +101,7 @@ def test_atac_of_more_than_32_bits() -> None:
 
 @pytest.mark.parametrize('layout', LAYOUTS)
 def test_fused_network(layout) -> None:
-    model = lived_in(timm.create_model('atac_resnet8_cifar'), dtype=torch.float32).to(DEVICE)
+    model = with_random_norms(timm.create_model('atac_resnet8_cifar'), dtype=torch.float32).to(DEVICE)
     x = images(model).float().to(DEVICE)[..., :12, :12].contiguous(memory_format=LAYOUTS[layout])
     fused, plain = fuse(model, kernel=True), fuse(model, kernel=False)
     units = [m for m in fused.modules() if isinstance(m, FusedATAC)]

@@ -1,4 +1,4 @@
-"""ATAC in place of the activations of finished models."""
+"""`replace_activations` on finished models."""
 
 import copy
 import io
@@ -47,7 +47,7 @@ def test_where(where, units) -> None:
 
 
 def test_the_forward_pass_leaves_nothing_behind() -> None:
-    """CoaT keeps a mask from its first forward pass: it must not be one without values."""
+    """CoaT keeps a mask from its first forward pass. The mask must not be on the meta device."""
     model = replace_activations(timm.create_model('coat_tiny', img_size=64))
     tensors = {f'{name}.{k}': v for name, m in model.named_modules() for k, v in vars(m).items()}
     assert not [name for name, v in tensors.items() if isinstance(v, torch.Tensor) and v.is_meta]
@@ -100,7 +100,7 @@ def test_at_the_papers_places_it_is_the_papers_network() -> None:
 
 
 class _Loop(nn.Module):
-    """Calls one activation with two widths, as often as the input says."""
+    """Calls one activation with two widths, once or twice depending on the batch size."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -151,7 +151,7 @@ def test_names_are_those_of_the_place() -> None:
     assert [type(block[1]) for block in model] == [nn.ReLU, ATACMe]
 
 
-def test_hooks_of_one_place_do_not_hear_of_another() -> None:
+def test_hooks_of_one_place_are_not_called_for_another() -> None:
     model: Any = replace_activations(torchvision.models.resnet18(weights=None), where='layer1.0.*')
     seen: list[int] = []
     model.layer1[0].relu_1.register_forward_hook(lambda *_: seen.append(1))

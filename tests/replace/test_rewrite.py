@@ -1,4 +1,4 @@
-"""A unit at each place of a module that calls one activation several times."""
+"""A module that calls one activation several times gets a unit for each place."""
 
 import copy
 import io

@@ -1,4 +1,4 @@
-"""Width and layout of an activation's input, from a watched forward pass; sizes coincide on purpose."""
+"""Width and layout of an activation's input, from an observed forward pass. Sizes coincide on purpose."""
 
 import pytest
 import torch
@@ -49,7 +49,7 @@ def test_channels_last_by_permutation() -> None:
         lambda m, x: m.act(m.layers[0](x[0])),  # one image without its batch
     ],
 )
-def test_not_told_where_it_cannot_be(forward) -> None:
+def test_unknown_where_no_layer_shows_it(forward) -> None:
     assert width(forward, nn.Conv2d(3, 8, 1)) is None
 
 
@@ -61,7 +61,7 @@ def test_attention_scores_have_no_channels() -> None:
     assert width(forward, nn.Linear(8, 6), x=torch.randn(2, 5, 8)) is None
 
 
-def test_the_next_layer_tells_where_the_last_cannot() -> None:
+def test_the_next_layer_shows_it_where_the_last_cannot() -> None:
     def forward(m, x):  # as LeViT: heads are joined between attention and projection
         q = m.layers[0](x).reshape(2, 5, 2, 3).transpose(1, 2)
         return m.layers[1](m.act((q @ q.mT @ q).transpose(1, 2).reshape(2, 5, 6)))

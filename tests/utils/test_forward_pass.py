@@ -146,7 +146,7 @@ def test_a_model_that_needs_values_runs_on_its_own_device() -> None:
 def test_a_model_that_cannot_be_copied_runs_on_its_own_device() -> None:
     model: Any = nn.Linear(3, 3)
     model.result = model.weight * 2  # deepcopy takes leaves only
-    model.values = (value for value in range(0))
+    model.generator = (character for character in 'abc')  # neither does it take generators
     assert not observe_forward(model, (torch.ones(2, 3),), lambda original_of: Observer())[2]
 
 

@@ -84,7 +84,7 @@ class Adjacency(ForwardObserver):
         """
         for value in tree_iter(output):
             self._excluded |= self._owners.get(id(value), set())
-        self._excluded.update(self._layer_of.values())  # these outputs are still alive: somebody keeps them
+        self._excluded.update(self._layer_of.values())  # these outputs are still alive, so other code keeps them
         return [
             (self._original_of[layer], self._original_of[norm])
             for layer, norm in self._norm_of.items()
