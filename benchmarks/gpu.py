@@ -9,6 +9,16 @@ It needs Python with torch, triton, timm and pytest. A stage or a test file is s
 the report names the package. Each stage runs as a separate process group, which is ended after its share of the time.
 Later stages get the time that a stage does not need. Each row is added to OUT/rows.jsonl as soon as it is measured, and
 OUT/report.md is then written again.
+
+What to do with the report:
+
+1. Look at failed tests before any time.
+2. MEASURED_TO_WIN in timm_atac/kernels/switch.py gets the numbers of channels at which the report says that the kernel
+   wins, under the GPU's compute capability.
+3. Where it loses, the report has other tiles. The winners go into the tables of timm_atac/kernels/atac.py, if
+   tests/kernels/test_kernel_ops.py and `python benchmarks/kernel_resources.py` accept them. `python
+   benchmarks/kernel_tiles.py` measures all tiles.
+4. benchmarks/log.md gets what came of the predictions, and the README the figures and the name of the GPU.
 """
 
 import argparse

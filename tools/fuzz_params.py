@@ -14,6 +14,8 @@ import tempfile
 import time
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[1] / 'tests' / 'helpers'))
+
 from params_files import mutate, samples
 
 from timm_atac.weights.params import ParamsError, parse_params

@@ -9,6 +9,7 @@ and `replace_activations`. The modules and models are those of timm's registry, 
 
 import argparse
 import re
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -16,6 +17,8 @@ from dataclasses import dataclass, fields
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1] / 'tests' / 'helpers'))
 
 import timm
 import torch

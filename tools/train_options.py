@@ -7,6 +7,9 @@ need train.py. The file only has the versions that are given, each as a checkout
     python tools/train_options.py ~/timm-1.0.21 ~/timm-1.0.22 ...
 
 An option that changed between the versions has an entry for each range of versions.
+
+After a release of timm, also run `TIMM_SCRIPTS=CHECKOUT pytest tests/train_scripts`. It runs timm's own scripts, which
+CI does not have.
 """
 
 import json
@@ -179,7 +182,7 @@ def _expected(option: Option) -> str:
 
 
 def main(checkouts: Sequence[str]) -> None:
-    if not checkouts:
+    if not checkouts or '--help' in checkouts:
         sys.exit(__doc__)
     paths = sorted((Path(checkout) for checkout in checkouts), key=lambda path: Version(version_of(path)))
     DATA.write_text(dump({version_of(path): read_options(path) for path in paths}))

@@ -143,3 +143,22 @@ def test_ci_runs_the_readmes_command() -> None:
     (told,) = (line for line in readme if '-m pytest' in line)
     (run,) = (line for line in script if '-m pytest' in line)
     assert run == told
+
+
+PROGRAMS = [
+    path
+    for folder in ('benchmarks', 'tools', 'train_scripts')
+    for path in sorted((ROOT / folder).glob('*.py'))
+    if "__name__ == '__main__'" in path.read_text()
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('program', PROGRAMS, ids=lambda path: f'{path.parent.name}/{path.name}')
+def test_programs_find_what_they_import(program, tmp_path) -> None:
+    """Each program runs from any folder, without what pytest adds to the path."""
+    if program.name == 'kernel_resources.py':
+        pytest.importorskip('triton')
+    result = subprocess.run([sys.executable, program, '--help'], cwd=tmp_path, capture_output=True, text=True)
+    assert 'Traceback' not in result.stderr, result.stderr
+    assert program.name in result.stdout + result.stderr

@@ -6,7 +6,11 @@ from typing import Any, NamedTuple
 __all__ = ['HUB_ORG', 'PUBLISHED', 'Published', 'cfg_fields']
 
 HUB_ORG = os.environ.get('TIMM_ATAC_HUB_ORG', '').strip()
-"""Owner of the repositories `HUB_ORG/ARCH.TAG` on the Hub, '' if there are none. It is read when timm is imported."""
+"""Owner of the repositories `HUB_ORG/ARCH.TAG` on the Hub, '' if there are none. It is read when timm is imported.
+
+Release this package before the first push, since the cards say `pip install timm_atac`. With a default owner here, timm
+then loads the published weights from the Hub.
+"""
 
 
 class Published(NamedTuple):
