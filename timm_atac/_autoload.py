@@ -7,15 +7,15 @@ registers as soon as `timm.models` has been imported, and then removes itself.
 Nothing here may break `import torch` or `import timm`. This file imports the standard library only, and every failure
 becomes one warning. `TIMM_ATAC_DISABLE=1` switches the registration off.
 
-What happens when a module of ours is the first to import timm: each of our packages that needs timm imports
-`timm.models` in its `__init__.py`. The registration then runs before any module of that package begins, and can import
-all of them.
+A module of ours can be the first to import timm. The registration must not run in the middle of it, because it imports
+all of them. So each of our packages that needs timm calls `import_timm` in its `__init__.py`, before its modules begin.
 """
 
 import contextlib
 import importlib
 import os
 import sys
+import threading
 import warnings
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -23,6 +23,7 @@ from typing import Any
 
 _HOST = 'timm.models'
 _done = False  # the registration has run, with success or with a warning
+_importing: set[int] = set()  # threads in `import_timm`, the last of which registers
 
 
 def arm() -> None:
@@ -33,6 +34,21 @@ def arm() -> None:
         _register()
     elif not any(isinstance(finder, _Hook) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Hook())
+
+
+def import_timm() -> None:
+    """Import timm and register, unless another thread is in here too: it then registers, when it is done.
+
+    A thread that imports timm itself leaves the registration to those in here. They hold the locks of our modules, so
+    the two would wait for each other.
+    """
+    _importing.add(threading.get_ident())
+    try:
+        importlib.import_module(_HOST)
+    finally:
+        _importing.discard(threading.get_ident())
+    if not _importing:
+        _register()
 
 
 class _Hook:
@@ -73,7 +89,8 @@ class _Loader:
             module.__spec__.loader = self._loader
         module.__loader__ = self._loader
         self._loader.exec_module(module)
-        _register()
+        if not _importing:
+            _register()
 
 
 def _register() -> None:

@@ -1,3 +1,5 @@
 """Fuses a trained model for inference."""
 
-import timm.models  # noqa: F401  registers us with timm, see _autoload.py
+from .._autoload import import_timm
+
+import_timm()

@@ -1,3 +1,5 @@
 """The layers of the paper. Start reading in `atac.py`."""
 
-import timm.models  # noqa: F401  registers us with timm, see _autoload.py
+from .._autoload import import_timm
+
+import_timm()
