@@ -15,6 +15,7 @@ def rows(monkeypatch, capsys, *options: str) -> list[str]:
     return [re.sub(r'[\d.]+', '0', line) for line in lines]
 
 
+@pytest.mark.slow
 def test_sizes(monkeypatch, capsys) -> None:
     expected = [f'| `{name}` | 0 | 0 | 0 | 0 | 0 | 0 |' for name in ('test_resnet', 'test_vit')]
     assert rows(monkeypatch, capsys) == expected

@@ -50,6 +50,7 @@ def test_how_a_step_ends(code, expected, tmp_path) -> None:
     assert {'done': 'said', 'failed': 'ValueError: bad' if expected[1] == 1 else ''}.get(expected[0], '') in log
 
 
+@pytest.mark.slow
 def test_step_that_hangs_is_ended_with_its_children(tmp_path) -> None:
     """They are also ended if they ignore SIGTERM."""
     code = f"""
@@ -66,6 +67,7 @@ time.sleep(90)
     assert not is_alive(int((tmp_path / 'pid').read_text()))
 
 
+@pytest.mark.slow
 def test_other_stages_run_after_one_that_fails(monkeypatch, tmp_path, capsys) -> None:
     plans = {name: gpu.Plan(0.2, takes_rest=name != 'hangs') for name in ('first', 'fails', 'hangs', 'lacks', 'last')}
     monkeypatch.setattr(gpu, 'PLANS', plans)
@@ -100,6 +102,7 @@ def test_other_stages_run_after_one_that_fails(monkeypatch, tmp_path, capsys) ->
     assert f'Report: {out / "report.md"}' in screen.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_program_that_is_ended_leaves_rows_and_report(tmp_path) -> None:
     """The program is ended in the middle of a stage. It leaves rows and report, and no process."""
     code = f"""

@@ -3,8 +3,10 @@
 import re
 
 import import_time
+import pytest
 
 
+@pytest.mark.slow
 def test_table(monkeypatch, capsys) -> None:
     monkeypatch.setattr(import_time, 'MODULES', ('csv', 'json'))  # quicker to import
     monkeypatch.setattr('sys.argv', ['import_time.py', '--runs', '1'])
@@ -15,6 +17,7 @@ def test_table(monkeypatch, capsys) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_entry_point_is_hidden(python) -> None:
     code = import_time.CODE + "import sys; print('timm_atac' in sys.modules)"
     for hidden, present in ((('timm_atac',), 'False'), ((), 'True')):

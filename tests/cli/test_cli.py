@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from timm_atac import read_params, write_params
-from timm_atac.cli.main import main
+from timm_atac.cli import main
 from timm_atac.gates.pictures import compare_picture, gates_picture
 from timm_atac.hub.facts import CardFacts
 from timm_atac.weights.convert import to_arrays, to_state_dict
@@ -49,6 +49,7 @@ def fails(result: tuple[int, str, str], message: str) -> None:
     assert errors.splitlines()[-1].startswith('timm-atac ') or message.startswith(('missing', 'The'))
 
 
+@pytest.mark.slow
 def test_convert_and_back(run, tmp_path) -> None:
     status, output, progress = run('convert', PARAMS, 'a folder/net', '--model', 'atac_resnet8_cifar')
     assert (status, output) == (
@@ -73,6 +74,7 @@ def test_convert_and_back(run, tmp_path) -> None:
     assert sorted(os.listdir('.')) == ['a folder', 'back.params']
 
 
+@pytest.mark.slow
 def test_convert_a_variant(run, tmp_path) -> None:
     """A network with other arguments than the default, under a registered tag."""
     kwargs: dict[str, Any] = dict(act_layer='se_act', atac_stages=(3, 4), num_classes=100)
@@ -89,6 +91,7 @@ def test_convert_a_variant(run, tmp_path) -> None:
     assert '# Model card for resnet14_cifar.cifar100' in Path('net/README.md').read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('in_chans', [1, 4])
 def test_convert_for_other_inputs(in_chans, run, tmp_path) -> None:
     """A registered tag sets the classes; for a network of four channels a warning says why there is no picture."""
@@ -106,6 +109,7 @@ def test_convert_for_other_inputs(in_chans, run, tmp_path) -> None:
         assert torch.equal(timm.create_model('local-dir:net', pretrained=True).eval()(x), source(x))
 
 
+@pytest.mark.slow
 def test_a_network_that_diverged(run, tmp_path) -> None:
     arrays = {name: array.copy() for name, array in read_params(PARAMS).items()}
     arrays['features.1.weight'][:] = np.nan
@@ -115,6 +119,7 @@ def test_a_network_that_diverged(run, tmp_path) -> None:
     assert 'No picture of the gates: ' in log and 'expected finite numbers' in log
 
 
+@pytest.mark.slow
 def test_convert_refuses(run) -> None:
     for arguments, message in (
         ((PARAMS, 'x'), '--model is needed for a .params file'),
@@ -152,6 +157,7 @@ def test_convert_refuses(run) -> None:
     assert not os.listdir('.')
 
 
+@pytest.mark.slow
 def test_push_of_published_weights(run, monkeypatch, tmp_path) -> None:
     """The weights are downloaded to timm's cache, checked and converted; without a licence the push needs consent."""
     cache = tmp_path / 'torch' / 'hub' / 'checkpoints'
@@ -174,6 +180,7 @@ def test_push_of_published_weights(run, monkeypatch, tmp_path) -> None:
     fails(run('push', '--model', NAME, '--repo', 'me/net'), 'me/net: the weights have no licence; give --yes')
 
 
+@pytest.mark.slow
 def test_push_asks(run, monkeypatch) -> None:
     run('convert', PARAMS, 'net', '--model', 'atac_resnet8_cifar')
     questions: list[str] = []
@@ -189,6 +196,7 @@ def test_push_asks(run, monkeypatch) -> None:
     fails(run('push', '--model', 'atac_resnet18.untrained'), "'atac_resnet18.untrained' has no published weights")
 
 
+@pytest.mark.slow
 def test_card(run) -> None:
     status, output, _ = run('card', NAME)
     assert status == 0
@@ -216,6 +224,7 @@ def test_card(run) -> None:
     fails(run('card', 'nothing'), "'nothing' is neither a folder nor a tag")
 
 
+@pytest.mark.slow
 def test_gates(run) -> None:
     Image.new('RGB', (40, 60), 'red').save('red.png')
     run('convert', PARAMS, 'net', '--model', 'atac_resnet8_cifar')
@@ -263,6 +272,7 @@ def test_gates(run) -> None:
     fails(run('gates', __file__, '--model', 'atac_resnet18', '--untrained'), 'as an image')
 
 
+@pytest.mark.slow
 def test_gates_of_one_model_are_those_of_gates_picture(run) -> None:
     """The picture is that of `gates_picture`, and the table has its gates."""
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8))
@@ -280,6 +290,7 @@ def test_gates_of_one_model_are_those_of_gates_picture(run) -> None:
     assert output.splitlines() == [*rows, 'Wrote gates.png']
 
 
+@pytest.mark.slow
 def test_gates_of_several_models(run) -> None:
     Image.new('RGB', (40, 60), 'red').save('red.png')
     run('convert', PARAMS, 'net', '--model', 'atac_resnet8_cifar')
@@ -335,6 +346,7 @@ def test_gates_of_several_models(run) -> None:
         run('gates', '--model', *pair, 'red.png')  # the image is taken for a model: the usage puts it first
 
 
+@pytest.mark.slow
 def test_list(run) -> None:
     status, output, _ = run('list', 'atac_resnet*')
     assert status == 0
@@ -348,10 +360,11 @@ def test_list(run) -> None:
     fails(run('list', 'convnext*'), "no model matches 'convnext*'")
 
 
+@pytest.mark.slow
 def test_help() -> None:
     """Each command explains itself with an example, and without loading torch."""
     code = 'import sys; from timm_atac.cli import main\n'
-    code += 'try: main.main(sys.argv[1:])\nfinally: print("torch" in sys.modules)'
+    code += 'try: main(sys.argv[1:])\nfinally: print("torch" in sys.modules)'
     for command in ('convert', 'push', 'card', 'gates', 'list'):
         result = subprocess.run([sys.executable, '-c', code, command, '--help'], capture_output=True, text=True)
         assert result.returncode == 0

@@ -37,6 +37,7 @@ def boxes(figure: Any) -> list[tuple[str, Any]]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('image', [(64, 64, 3), (32, 96), (100, 20)])
 @pytest.mark.parametrize('count, columns', [(1, 0), (6, 0), (14, 0), (4, 2), (6, 3), (5, 5)])
 def test_nothing_overlaps(image, count, columns) -> None:
@@ -55,6 +56,7 @@ def test_nothing_overlaps(image, count, columns) -> None:
             assert min(overlap) < 1.5, (name, other)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('image, aspect', [((64, 64), 1), ((32, 64), 2), ((96, 48), 0.5), ((10, 100), 2.5)])
 def test_maps_have_the_aspect_of_the_image(image, aspect) -> None:
     """Except for extreme images, which are stretched."""
@@ -65,6 +67,7 @@ def test_maps_have_the_aspect_of_the_image(image, aspect) -> None:
     assert all(box.width * box.height > 150**2 for box in maps)
 
 
+@pytest.mark.slow
 def test_every_layer_is_there_with_its_gates() -> None:
     given = panels(6)
     figure = rendered(draw(np.zeros((32, 32)), given, 'odd $ title', ['ReLU', 'SE $ and']))

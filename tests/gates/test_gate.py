@@ -357,6 +357,7 @@ def test_a_name_that_is_known_elsewhere() -> None:
         gate(LegacySEModule(C, 2), torch.zeros(1, C, 2, 2))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(torch.compiler, 'set_stance'), reason='since PyTorch 2.6')
 def test_a_compiled_module() -> None:
     module, x = unit(ATAC).eval(), torch.randn(B, C, 4, 6, dtype=torch.float64)

@@ -213,6 +213,7 @@ def test_a_cache_of_the_host_is_not_left_behind() -> None:
     assert not any(m.attention_bias_cache for m in model.modules() if hasattr(m, 'attention_bias_cache'))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(torch.compiler, 'set_stance'), reason='PyTorch before 2.6')
 def test_a_compiled_model(small) -> None:
     x = torch.randn(1, 1, 8, 8)

@@ -29,6 +29,7 @@ def photo(*size: int) -> Image.Image:
     return Image.fromarray(np.random.default_rng(0).integers(0, 256, size, dtype=np.uint8))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     'kwargs, img_size, mode, seen', [({'in_chans': 1}, 8, 'RGB', (1, 8, 8)), ({}, None, 'L', (3, 32, 32))]
 )
@@ -79,6 +80,7 @@ STAGES = [f'stages.{stage}.0' for stage in range(3)]
 LAYERS = [f'layer{layer}.0' for layer in range(1, 5)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     'table, own',
     [
@@ -104,11 +106,13 @@ def test_which_gates_are_side_by_side(tmp_path, table, own) -> None:
     }
 
 
+@pytest.mark.slow
 def test_places_outside_of_blocks(tmp_path) -> None:
     gates = compare(tmp_path, CIFAR, 'ReLU', 'ATAC')
     assert [list(column) for column in gates.values()] == [[f'{place}.act2' for place in STAGES] + ['act']] * 2
 
 
+@pytest.mark.slow
 def test_a_comparison(tmp_path) -> None:
     """Every model gets the same image with its own normalisation, and `compare_picture` returns and draws its gates."""
     models = {label: wild_units(timm.create_model(**CIFAR[label])) for label in ('ReLU', 'SE', 'ATAC')}
@@ -151,6 +155,7 @@ def test_comparison_errors(tmp_path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_registered_activation_is_compared(tmp_path) -> None:
     class Half(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -182,6 +187,7 @@ def test_without_matplotlib(tmp_path, monkeypatch) -> None:
         plot_gates({'act': torch.rand(1, 8, 2, 2)}, np.zeros((8, 8)), tmp_path / 'gates.png')
 
 
+@pytest.mark.slow
 def test_pyplot_and_the_users_settings_are_left_alone(python, tmp_path) -> None:
     code = (
         'import sys, numpy, torch\n'

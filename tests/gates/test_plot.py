@@ -37,6 +37,7 @@ def test_the_map_follows_the_gates(tmp_path) -> None:
     assert red > 30 > -30 > blue  # high gates are red, low ones blue
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     'shapes, image',
     [
@@ -103,6 +104,7 @@ def test_a_failed_write_leaves_what_was_there(tmp_path, monkeypatch) -> None:
     assert path.read_bytes() == b'old' and list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.slow
 def test_one_gate_a_channel_is_a_map_of_one_colour(tmp_path) -> None:
     """Where the gates per position equal the gate of the whole image, both maps have the same colour."""
     local = torch.full((1, 4, 8, 8), 0.2)
@@ -118,6 +120,7 @@ def test_one_gate_a_channel_is_a_map_of_one_colour(tmp_path) -> None:
     assert np.abs(pixels[top, column + 40] - right).max() < 5 and np.abs(pixels[top, column + 170] - right).max() < 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('count, image', [(2, (9, 30)), (3, (30, 9)), (5, (9, 9))])
 def test_any_number_of_columns(tmp_path, count, image) -> None:
     layers = {

@@ -52,12 +52,14 @@ def test_all_published_tags_have_a_card() -> None:
     assert config_folder('atac_resnet18.untrained') is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('tag', TAGS)
 def test_config_is_what_is_written(tag, tmp_path) -> None:
     save_folder(timm.create_model(tag), tmp_path)
     assert (folder_of(tag) / 'config.json').read_text() == (tmp_path / 'config.json').read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('tag', TAGS)
 def test_front_matter(tag) -> None:
     card = render_tag(tag)
@@ -74,6 +76,7 @@ def test_front_matter(tag) -> None:
     assert all(result.source_url.startswith('https://') for result in data.eval_results)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('tag', TAGS)
 def test_numbers_are_those_of_the_code(tag) -> None:
     card = render_tag(tag)
@@ -90,6 +93,7 @@ def test_numbers_are_those_of_the_code(tag) -> None:
     assert f'  - Standard deviation: {", ".join(f"{value:.4f}" for value in cfg.std)}\n' in card
 
 
+@pytest.mark.slow
 def test_the_authors_licence() -> None:
     card = render_tag('atac_resnet50.open_atac_in1k')
     data = yaml.safe_load(card.split('---\n')[1])
@@ -160,6 +164,7 @@ def test_code_runs(tag, tmp_path) -> None:
     assert len(shapes) == (3 if tag == 'digits' else 5)
 
 
+@pytest.mark.slow
 def test_without_facts(tmp_path) -> None:
     """A card without facts has no empty sections."""
     kwargs: dict[str, Any] = dict(act_layer='atac', num_classes=3)
@@ -188,11 +193,13 @@ def check_text(card: str) -> None:
     assert not card_errors(card)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('tag', TAGS)
 def test_text(tag) -> None:
     check_text(render_tag(tag, picture='gates.png'))
 
 
+@pytest.mark.slow
 def test_facts_without_a_value(tmp_path) -> None:
     (tmp_path / 'card.yaml').write_text('description: null\npapers:\ndatasets: [{name: mine, id: null}]')
     facts = read_facts(tmp_path / 'card.yaml')
@@ -221,6 +228,7 @@ def test_a_network_without_feature_maps(tmp_path) -> None:
     check_text(card)
 
 
+@pytest.mark.slow
 def test_picture() -> None:
     card = render_tag(TAGS[0], picture='gates.png')
     assert '![The gates of each unit on an image](gates.png)' in card

@@ -86,6 +86,7 @@ def content(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob('*') if path.is_file()}
 
 
+@pytest.mark.slow
 def test_push_and_pull(hub, folder, client) -> None:
     oid, copy, names, private, sizes, exist, again, warning = client("""
 api.create_repo('me/model', private=True)
@@ -114,6 +115,7 @@ answer(oid, copy, api.list_repo_files('me/model'), info.private, sizes, exist, p
     assert [path for method, path in hub.requests].count('/api/models/me/model/commit/main') == 1
 
 
+@pytest.mark.slow
 def test_later_commits(hub, client) -> None:
     *errors, kept, part, _ = client("""
 from huggingface_hub import CommitOperationAdd as Add, CommitOperationDelete as Delete
@@ -145,6 +147,7 @@ answer(*errors, kept, [part.status_code, part.text, part.headers['Content-Range'
     assert kept == '{}' and part == [206, 'changed', 'bytes 2-8/17']
 
 
+@pytest.mark.slow
 def test_errors(hub, client) -> None:
     *errors, _ = client("""
 api.create_repo('me/model', private=True)
@@ -188,6 +191,7 @@ answer(
     ]
 
 
+@pytest.mark.slow
 def test_foreign_namespace(hub, client) -> None:
     hub.organizations['ours'] = {'me'}
     created, forbidden, exists, _, _ = client("""
@@ -202,6 +206,7 @@ answer(push(name='ours/model'), error(other.upload_folder, repo_id='me/model', f
     assert list(hub.repositories) == ['ours/model']
 
 
+@pytest.mark.slow
 def test_bad_card(hub, folder, client) -> None:
     (folder / 'README.md').write_text(CARD.replace('apache-2.0', 'apache'))
     bad, _ = client("api.create_repo('me/model'); answer(error(push))")
@@ -229,6 +234,7 @@ def test_card_errors(old, new, error) -> None:
     assert [error] == [e[: len(error)] for e in errors] if error else not errors
 
 
+@pytest.mark.slow
 def test_death_in_upload(hub, folder, client) -> None:
     hub.fail.upload_dies_at = 1_000_000
     (folder / 'examples' / 'a b.png').unlink()  # its upload would be tried again beside the other's
@@ -246,6 +252,7 @@ answer(error(push), naps, error(api.model_info, 'me/model'))
     assert len(hub.commits('me/model')) == 2
 
 
+@pytest.mark.slow
 def test_passing_failures(hub, folder, client) -> None:
     hub.fail = Failures(upload_drops=1, status={'commit': 500}, corrupt={'model.safetensors'})
     failed, naps, _ = client("api.create_repo('me/model'); answer(error(push), naps)")

@@ -8,6 +8,7 @@ from timm_atac.hub.profile import profile
 
 
 # GMACs and activations (M) as in timm's benchmark-infer-amp-nhwc-pt240-cu124-rtx3090.csv, which counts BN and pools too
+@pytest.mark.slow
 @pytest.mark.parametrize(
     'name, params, gmacs, activations',
     [('resnet50', 25.56, 4.11, 11.11), ('legacy_seresnet50', 28.09, 3.88, 10.6), ('seresnet50', 28.09, 4.11, 11.13)],
@@ -28,6 +29,7 @@ def test_by_hand() -> None:
     assert found.activations * 1e6 == pytest.approx(120 + 7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', ['fa_resnet50', 'test_vit'])
 def test_attention_is_counted_on_any_device(name) -> None:
     assert profile(timm.create_model(name)) == profile(timm.create_model(name, device='meta'))
@@ -44,6 +46,7 @@ def test_the_model_is_as_before() -> None:
     assert not model.conv1._forward_hooks
 
 
+@pytest.mark.slow
 def test_a_model_that_looks_at_its_own_gradient_functions() -> None:
     """PiT's tokens after `replace_activations`: PyTorch's counter fails there without gradients."""
     found = profile(timm.create_model('atac_host', host='pit_ti_224', device='meta'))

@@ -23,14 +23,14 @@ pytest.importorskip('sklearn', reason="needs the packages of the extra 'ablation
 
 PUSH = """
 import sys, time
-from timm_atac.cli.main import main
+from timm_atac.cli import main
 time.sleep = lambda seconds: None  # the client waits between its tries
 sys.exit(main(['push', *sys.argv[1:]]))
 """
 # several in one process, with a token each: a line of JSON with what each printed
 PUSHES = """
 import contextlib, io, json, os, sys
-from timm_atac.cli.main import main
+from timm_atac.cli import main
 results = []
 for token, *arguments in json.loads(sys.argv[1]):
     os.environ['HF_TOKEN'] = token

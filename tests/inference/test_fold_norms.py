@@ -209,6 +209,7 @@ def test_linear_layer_of_tokens_stays() -> None:
     torch.testing.assert_close(fused(x), model(x))
 
 
+@pytest.mark.slow
 def test_frozen_norms() -> None:
     model = with_random_norms(timm.create_model('atac_resnet18'))
     frozen: Any = copy.deepcopy(model)

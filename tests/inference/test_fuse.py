@@ -42,6 +42,7 @@ MODELS: dict[str, tuple[Any, int]] = {  # what creates it, and how many norms st
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', MODELS)
 def test_same_function(name) -> None:
     create, stay = MODELS[name]
@@ -72,6 +73,7 @@ def test_same_function(name) -> None:
     assert not any(p.data_ptr() in own for p in fused.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', ['atac_resnet18', 'atac_resnet8_cifar'])
 def test_intermediates(name) -> None:
     model = with_random_norms(timm.create_model(name))
@@ -185,6 +187,7 @@ class Listed(nn.Module):
         return act2(bn2(conv2(act1(bn1(conv1(x))))) + downsample(x))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('change', [_with_a_hook, _with_a_forward, _by_lists])
 def test_whatever_was_done_to_a_unit(change) -> None:
     model = with_random_norms(timm.create_model('atac_resnet18'))
@@ -200,6 +203,7 @@ def test_units_in_a_plain_list_are_fused() -> None:
     assert FusedATAC in [type(layer) for layer in fused.layer4[0].layers]
 
 
+@pytest.mark.slow
 def test_features_by_hooks() -> None:
     model = with_random_norms(timm.create_model('resnet18', act_layer='atac', features_only=True, feature_cls='hook'))
     x = images(model)
@@ -214,6 +218,7 @@ def test_no_wrapper() -> None:
     torch.testing.assert_close(fuse(model, example_input=x)(x), model(x), rtol=1e-12, atol=1e-11)
 
 
+@pytest.mark.slow
 def test_blocks_of_timm_in_float64() -> None:
     """RepViT has methods `fuse`, which return float32 layers for any type. They must not be called."""
     model = with_random_norms(timm.create_model('repvit_m0_9'), size=64)
@@ -221,6 +226,7 @@ def test_blocks_of_timm_in_float64() -> None:
     torch.testing.assert_close(fuse(model)(x), model(x), rtol=1e-11, atol=1e-11)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])
 def test_autocast(memory_format) -> None:
     """The error is at most twice that of the plain model, because folded weights are rounded with their norm."""
@@ -234,6 +240,7 @@ def test_autocast(memory_format) -> None:
     assert errors[1] < 2 * errors[0]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings('ignore:The TorchScript type system:UserWarning')
 @pytest.mark.parametrize('name', ['atac_resnet8_cifar'])
 def test_exports(name, run_onnx) -> None:
@@ -282,6 +289,7 @@ def test_gates_can_be_looked_at() -> None:
         torch.testing.assert_close(gate, expected[name], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_nothing_to_save_or_load(tmp_path) -> None:
     model: Any = timm.create_model('atac_resnet18')
     fused: Any = fuse(model)
@@ -299,6 +307,7 @@ def test_nothing_to_save_or_load(tmp_path) -> None:
     assert model.state_dict().keys() == timm.create_model('atac_resnet18', device='meta').state_dict().keys()
 
 
+@pytest.mark.slow
 def test_what_is_inside_of_wrappers() -> None:
     model = with_random_norms(timm.create_model('atac_resnet8_cifar'))
     x = images(model)

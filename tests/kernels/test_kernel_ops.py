@@ -47,6 +47,7 @@ def calls(count: int, memory_format: Any = torch.channels_last) -> list[torch.Te
     return [*maps, *(torch.rand(14) + 0.5 for _ in range(4))]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings('ignore:The .grad attribute of a Tensor:UserWarning')
 @pytest.mark.parametrize('memory_format', LAYOUTS)
 def test_registration(memory_format) -> None:
@@ -58,6 +59,7 @@ def test_registration(memory_format) -> None:
     torch.library.opcheck(norm_gate.norm_gate_backward, (*calls(3, memory_format), torch.randn(2, 14)))
 
 
+@pytest.mark.slow
 def test_gradients() -> None:
     args = [t[:, :, :2, :2].contiguous() if t.ndim == 4 else t for t in arguments(torch.float64)]
     args = [t.requires_grad_() for t in args]
@@ -231,6 +233,7 @@ def test_without_triton(monkeypatch) -> None:
     timm_atac.use_kernels(False)
 
 
+@pytest.mark.slow
 def test_triton_that_does_not_load(tmp_path, python) -> None:
     """The import error is raised when the kernels are enabled."""
     (tmp_path / 'triton').mkdir()
@@ -259,6 +262,7 @@ def test_wrong_choices() -> None:
             fuse(torch.nn.ReLU(), kernel=choice)
 
 
+@pytest.mark.slow
 def test_nothing_is_imported_before_it_is_needed(python) -> None:
     """With kernels enabled on a CPU, where they cannot run."""
     code = """
@@ -306,6 +310,7 @@ def test_wide_units_are_two_products(monkeypatch, on_the_cpu) -> None:
         assert form in repr(unit) and unit._fits_kernel(x) == (channels == 14)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings('ignore:The .grad attribute of a Tensor:UserWarning')
 @pytest.mark.parametrize('compiled', [False, True])
 def test_transforms(on_the_cpu, compiled) -> None:
@@ -353,6 +358,7 @@ def count(graph: torch.fx.Graph) -> int:
     return sum('timm_atac.atac' in str(node.target) for node in graph.nodes)
 
 
+@pytest.mark.slow
 def test_compiled(on_the_cpu) -> None:
     """The operations are nodes of one graph. After the switch, there is another graph."""
     model, x, expected = model_and_images()
@@ -373,6 +379,7 @@ def test_compiled(on_the_cpu) -> None:
     assert counts == [len(units), 0]
 
 
+@pytest.mark.slow
 def test_exported(on_the_cpu, tmp_path, python) -> None:
     """The operation is one node. To load the program, one must import the operation."""
     model, x, expected = model_and_images()
@@ -390,6 +397,7 @@ torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     python(code)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings('ignore:The TorchScript type system:UserWarning')
 def test_other_exports_have_no_kernel(on_the_cpu, run_onnx) -> None:
     model, x, expected = model_and_images()
@@ -400,6 +408,7 @@ def test_other_exports_have_no_kernel(on_the_cpu, run_onnx) -> None:
             torch.testing.assert_close(program(x), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @needs_triton
 def test_traced_for_a_gpu(monkeypatch) -> None:
     """The compiler gets one operation with the Triton kernel in it. The tensors are fake, so no GPU is needed."""
@@ -427,6 +436,7 @@ def test_traced_for_a_gpu(monkeypatch) -> None:
     assert 'triton_kernel_wrapper' in str(lowered[0].graph) and 'convolution' not in str(lowered[0].graph)
 
 
+@pytest.mark.slow
 @needs_triton
 @pytest.mark.parametrize(
     'dtype, channels_last', [('bfloat16', True), ('float16', False), ('float32', True), ('autocast', True)]

@@ -12,6 +12,7 @@ import torch
 from timm_atac.kernels.switch import IS_INSTALLED
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason='they run on the GPU instead')
 @pytest.mark.skipif(not IS_INSTALLED, reason='needs PyTorch 2.7 or newer with Triton')
 def test_kernels_interpreted(tmp_path) -> None:

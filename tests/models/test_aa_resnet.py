@@ -66,6 +66,7 @@ def test_parameters_part_by_part() -> None:
     assert params / 1e6 == pytest.approx(25.8, rel=0.01)
 
 
+@pytest.mark.slow
 def test_placement() -> None:
     model: Any = timm.create_model('aa_resnet50', device='meta')
     found = {name: module for name, module in model.named_modules() if isinstance(module, AugmentedConv2d)}
@@ -81,6 +82,7 @@ def test_placement() -> None:
     assert other.layer4[0].conv2.attn.pos_embed.height == 14
 
 
+@pytest.mark.slow
 def test_another_image_size_is_an_error() -> None:
     model = timm.create_model('aa_resnet50', img_size=96).eval()
     with torch.no_grad():
@@ -105,6 +107,7 @@ def test_errors() -> None:
         AugmentedConv2d(16, 160, (7, 7), stride=4)
 
 
+@pytest.mark.slow
 def test_fused() -> None:
     model = wild('aa_resnet50', img_size=64)
     x = torch.randn(2, 3, 64, 64)

@@ -54,6 +54,7 @@ HOSTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('case', HOSTS)
 def test_saved_and_loaded(case, tmp_path) -> None:
     host, options = HOSTS[case]
@@ -80,6 +81,7 @@ def test_saved_by_act_layer(tmp_path) -> None:
     torch.testing.assert_close(again(x), model(x), rtol=0, atol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('how', ['act_layer', 'replaced'])
 def test_from_the_hub_with_no_import_of_ours(how, python, tmp_path) -> None:
     """Save a model like a download in the cache of `hf-hub:`."""
@@ -110,6 +112,7 @@ torch.testing.assert_close(model(x), y)
     )
 
 
+@pytest.mark.slow
 def test_replaced_twice(tmp_path) -> None:
     model: Any = replace_activations(timm.create_model('resnet18'), where=4)
     model = randomise(replace_activations(model, 'nin', where='layer1.*'))
@@ -119,6 +122,7 @@ def test_replaced_twice(tmp_path) -> None:
     torch.testing.assert_close(again(x), model(x), rtol=0, atol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('host', ['resnet18', 'test_vit'])
 def test_weights_are_adapted_as_timm_does(host, tmp_path) -> None:
     model: Any = replace_activations(timm.create_model(host), where=[r'*1*'])
@@ -132,6 +136,7 @@ def test_weights_are_adapted_as_timm_does(host, tmp_path) -> None:
     torch.testing.assert_close(adapted.forward_features(x), expected, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_features_only(tmp_path) -> None:
     model = randomise(replace_activations(timm.create_model('resnet18'), where=(3, 4)))
     name = save(model, tmp_path, **model.replaced_activations.model_args)
@@ -143,12 +148,14 @@ def test_features_only(tmp_path) -> None:
         torch.testing.assert_close(found, wanted)
 
 
+@pytest.mark.slow
 def test_features_only_of_a_host_that_cannot(monkeypatch) -> None:
     monkeypatch.delattr(timm.models.dla.DLA, 'forward_intermediates', raising=False)
     with pytest.raises(ValueError, match="features_only of host='dla46_c': DLA has no forward_intermediates"):
         timm.create_model('atac_host', host='dla46_c', features_only=True)
 
 
+@pytest.mark.slow
 def test_weights_of_the_host(tmp_path) -> None:
     """With the name alone, `pretrained=True` loads the host's weights before the activations are replaced."""
     host = randomise(timm.create_model('resnet18'))
@@ -187,6 +194,7 @@ def test_size_and_channels_of_the_host() -> None:
     assert model(images(2, 5, 96, 96)).shape == (2, 1000)
 
 
+@pytest.mark.slow
 def test_another_image_size_than_was_saved(tmp_path) -> None:
     model: Any = randomise(replace_activations(timm.create_model('test_vit', img_size=96)))
     name = save(model, tmp_path, **{**model.replaced_activations.model_args, 'img_size': 96})
@@ -204,6 +212,7 @@ def test_overlay_is_the_hosts(overlay) -> None:
         assert model.pretrained_cfg[key] == host.pretrained_cfg[key]
 
 
+@pytest.mark.slow
 def test_a_host_from_a_folder_is_saved_by_its_name(tmp_path) -> None:
     save(timm.create_model('test_resnet'), tmp_path / 'host')
     model: Any = timm.create_model('atac_host', host=f'local-dir:{tmp_path / "host"}', pretrained=True, act=ATAC)

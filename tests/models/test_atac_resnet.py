@@ -22,6 +22,7 @@ def units(model: nn.Module) -> list[str]:
 
 # Parameters in M and GMACs at 224 px. The first row is in the paper's Table 4 (28.0M, 4.4); the known values of
 # resnet50 check the counter.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     'name, params, macs, num_units',
     [
@@ -96,6 +97,7 @@ def test_wrong_block() -> None:
         AtacResNet(cast(Any, timm.models.resnetv2.PreActBottleneck), (1, 1, 1, 1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', ['atac_resnet18', 'atac_resnet8_cifar'])
 def test_interface_of_timm(name) -> None:
     model: Any = timm.create_model(name, num_classes=10).eval()
@@ -132,12 +134,14 @@ def test_init(zero_init_last) -> None:
     assert block.conv2.weight.std().item() == pytest.approx(expected, rel=0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('output_stride, size', [(32, 2), (16, 4), (8, 8)])
 def test_output_stride(output_stride, size) -> None:
     model = create('atac_resnet50', output_stride=output_stride, device='meta')
     assert model.forward_features(torch.empty(2, 3, 64, 64, device='meta')).shape == (2, 2048, size, size)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('in_chans', [1, 4])
 def test_pretrained_with_other_input_and_classes(in_chans, tmp_path) -> None:
     source = create('atac_resnet18')

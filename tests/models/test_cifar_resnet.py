@@ -37,6 +37,7 @@ def test_num_params(name, params, kwargs) -> None:
     assert num_params(create(name, device='meta', **kwargs)) == params
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('depth, blocks', [(8, 1), (14, 2), (20, 3), (26, 4)])
 def test_depth(depth, blocks) -> None:
     host, atac = create(f'resnet{depth}_cifar'), create(f'atac_resnet{depth}_cifar')
@@ -163,6 +164,7 @@ def test_grey_pretrained_is_the_colour_network_on_grey_images(tmp_path) -> None:
     torch.testing.assert_close(grey(x), source(x.expand(-1, 3, -1, -1)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', ['atac_resnet8_cifar', 'atac_resnet18'])
 def test_compile_and_export(name) -> None:
     model = timm.create_model(name)
@@ -175,6 +177,7 @@ def test_compile_and_export(name) -> None:
     torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings('ignore')  # warnings of the exporter
 @pytest.mark.parametrize('name', ['atac_resnet8_cifar', 'atac_resnet18'])
 def test_onnx(name, run_onnx) -> None:

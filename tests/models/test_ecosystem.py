@@ -115,11 +115,13 @@ def test_program(python, code) -> None:
     assert python(UNITS + code).stdout.endswith('done\n')
 
 
+@pytest.mark.slow
 def test_program_without_us_fails(python, smp) -> None:
     with pytest.raises(AssertionError, match=r'Unknown model \(atac_resnet50\)'):
         python(UNITS + SMP, TIMM_ATAC_DISABLE='1')
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', ['atac_resnet18', 'atac_resnet50'])
 @pytest.mark.parametrize('output_stride', [8, 16])
 def test_smp_dilated(smp, name, output_stride) -> None:
@@ -132,6 +134,7 @@ def test_smp_dilated(smp, name, output_stride) -> None:
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
+@pytest.mark.slow
 def test_smp_save_and_load(smp, tmp_path) -> None:
     model = smp.Unet('tu-resnet18', encoder_weights=None, act_layer='atac').eval()
     model.save_pretrained(tmp_path)
@@ -143,6 +146,7 @@ def test_smp_save_and_load(smp, tmp_path) -> None:
 RESNET18_NODES = {'layer3': (2, 256, 4, 6), 'layer4': (2, 512, 2, 3), 'layer4.1.act1': (2, 512, 2, 3)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     'name, kwargs, nodes',
     [

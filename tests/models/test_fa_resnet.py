@@ -82,6 +82,7 @@ def test_logits_start_of_order_one() -> None:
         assert 0.3 < (q * k).sum(2).std().item() < 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('size', [(33, 50), (4, 1)])
 def test_any_image_size(size) -> None:
     model, x = wild('fa_resnet50', layers=(1, 1, 1, 1)), torch.randn(1, 3, *size)
@@ -95,6 +96,7 @@ def test_any_image_size(size) -> None:
         torch.testing.assert_close(traced(x), expected)
 
 
+@pytest.mark.slow
 def test_a_training_step_at_224_fits_the_card() -> None:
     """A training step of 32 images in float32 fits 16 GB: 32 times the memory of one image."""
     model = timm.create_model('fa_resnet50')
@@ -106,6 +108,7 @@ def test_a_training_step_at_224_fits_the_card() -> None:
     assert kept < 3 * unfolded
 
 
+@pytest.mark.slow
 def test_gradients_with_autocast_and_checkpointing() -> None:
     model = wild('fa_resnet50', num_classes=5)
     x = torch.randn(2, 3, 64, 64)  # the last maps have several positions
@@ -120,6 +123,7 @@ def test_gradients_with_autocast_and_checkpointing() -> None:
         torch.testing.assert_close(one, other)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('fused', [False, True])
 def test_second_derivatives(fused) -> None:
     """A gradient penalty works; with timm's fused attention off, if the fused kernels have no second derivative."""
@@ -157,6 +161,7 @@ def test_errors(kwargs, message) -> None:
         LocalAttention2d(16, 16, window=4)
 
 
+@pytest.mark.slow
 def test_fused() -> None:
     model = wild('fa_resnet50')
     x = torch.randn(2, 3, 33, 64)
@@ -164,6 +169,7 @@ def test_fused() -> None:
         torch.testing.assert_close(timm_atac.fuse(model)(x), model(x), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_exported() -> None:
     model = wild('fa_resnet50', num_classes=5, layers=(1, 1, 1, 1))
     x = torch.randn(2, 3, 32, 32)

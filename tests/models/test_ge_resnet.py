@@ -94,6 +94,7 @@ def test_norm_layer_goes_into_the_layers() -> None:
     assert not any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
 
 
+@pytest.mark.slow
 def test_fused() -> None:
     model = wild('ge_plus_resnet50', img_size=32)
     x = torch.randn(2, 3, 32, 32)
@@ -109,6 +110,7 @@ def test_a_map_of_another_size_does_not_broadcast() -> None:
         scripted(torch.zeros(1, 6, 1, 1))
 
 
+@pytest.mark.slow
 def test_half_precision() -> None:
     model = wild('ge_plus_resnet50', img_size=32)
     x = torch.randn(2, 3, 32, 32)

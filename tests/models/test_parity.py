@@ -23,6 +23,7 @@ GRADIENTS = {'cifar': 1e-4, 'imagenet': 1.1e-2}
 ZERO_GRADIENT = 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('case', CASES, ids=str)
 def test_parity(case: Case) -> None:
     model = build(case).double()

@@ -28,17 +28,12 @@ assert not {'atac', 'se_act', 'nin'} & {*create_act._ACT_LAYER_DEFAULT, *create_
 timm.create_model('test_resnet')
 print('timm alone')
 """
-# a module of each package, which somebody may import first
+# modules that somebody may import first: light ones, and some of those whose packages import timm
 FIRST = (
     '_register',
-    'cli.main',
-    'gates.pictures',
+    'cli',
     'hub.push',
-    'inference.fuse',
-    'kernels.switch',
     'models.atac_resnet',
-    'replace.activations',
-    'units.atac',
     'units.deferred',
     'utils.forward_pass',
     'weights.params',
@@ -58,6 +53,7 @@ IMPORT_ORDERS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('imports', IMPORT_ORDERS)
 def test_import_order(python, imports) -> None:
     result = python(imports + WITH_US, '-W', 'error')
@@ -65,7 +61,7 @@ def test_import_order(python, imports) -> None:
     assert 'timm_atac' not in result.stderr
 
 
-LIGHT = ('_files', 'cli.main', 'weights.params', 'weights.published')
+LIGHT = ('_files', 'cli', 'weights.params', 'weights.published')
 
 
 def test_light_modules(python) -> None:
@@ -75,12 +71,15 @@ def test_light_modules(python) -> None:
     assert python(code).stdout == '[]\n'
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('imports', ['import timm_atac', 'import timm, timm_atac', 'import timm_atac, timm'])
 def test_torch_autoload_off(python, imports) -> None:
-    python(WITHOUT_US, TORCH_DEVICE_BACKEND_AUTOLOAD='0')
+    if imports == 'import timm_atac':
+        python(WITHOUT_US, TORCH_DEVICE_BACKEND_AUTOLOAD='0')
     assert 'registered' in python(imports + WITH_US, TORCH_DEVICE_BACKEND_AUTOLOAD='0').stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('imports', ['import timm', 'import timm_atac.models.atac_resnet; timm_atac.ATAC(4)'])
 def test_switch(python, imports) -> None:
     assert 'timm alone' in python(imports + WITHOUT_US, TIMM_ATAC_DISABLE='1').stdout
@@ -103,15 +102,18 @@ def test_imports_the_standard_library_only(python) -> None:
     assert third_party(python, 'timm_atac._autoload') == set()
 
 
+@pytest.mark.slow
 def test_the_test_above_can_fail(python) -> None:
     assert {'torch', 'numpy'} <= third_party(python, 'timm_atac.units.atac')
 
 
+@pytest.mark.slow
 def test_torch_brings_no_timm(python) -> None:
     code = 'import torch, sys; print(sorted(m for m in sys.modules if m.startswith("timm")))'
     assert python(code).stdout == "['timm_atac', 'timm_atac._autoload']\n"
 
 
+@pytest.mark.slow
 def test_leaves_the_import_system_as_it_was(python) -> None:
     code = """
         import sys
@@ -128,6 +130,7 @@ def test_leaves_the_import_system_as_it_was(python) -> None:
     assert ours[1:] == theirs[1:]
 
 
+@pytest.mark.slow
 def test_broken_timm_gets_a_second_chance(python) -> None:
     code = """
         import sys, torch
@@ -142,6 +145,7 @@ def test_broken_timm_gets_a_second_chance(python) -> None:
     assert python(dedent(code) + WITH_US).stdout == 'timm is broken\nregistered\n'
 
 
+WARNINGS_ARE_ERRORS = ('-W', 'error')
 FAILURES = {
     'a module of ours is missing': (
         "import sys; sys.modules['timm_atac.models.cifar_resnet'] = None",
@@ -160,8 +164,11 @@ FAILURES = {
 }
 
 
-@pytest.mark.parametrize('flags', [(), ('-W', 'error')], ids=['default', 'warnings-are-errors'])
-@pytest.mark.parametrize('failure', FAILURES)
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    'failure, flags',
+    [*((failure, ()) for failure in FAILURES), *((failure, WARNINGS_ARE_ERRORS) for failure in [*FAILURES][2:])],
+)
 def test_failure_is_one_warning(python, failure, flags) -> None:
     breakage, reason = FAILURES[failure]
     late = failure == 'timm is too new'  # has to break timm between its import and ours
@@ -175,8 +182,8 @@ def test_failure_is_one_warning(python, failure, flags) -> None:
     assert 'torch 2.' in result.stderr
 
 
-@pytest.mark.parametrize('flags', [(), ('-W', 'error')], ids=['default', 'warnings-are-errors'])
-@pytest.mark.parametrize('theirs', ['model', 'activation'])
+@pytest.mark.slow
+@pytest.mark.parametrize('theirs, flags', [('model', ()), ('activation', WARNINGS_ARE_ERRORS)])
 def test_a_name_that_is_taken_stays_with_its_owner(python, theirs, flags) -> None:
     code = {
         'model': """
@@ -210,6 +217,7 @@ def test_a_name_that_is_taken_stays_with_its_owner(python, theirs, flags) -> Non
     assert 'is registered by another package already' in result.stderr
 
 
+@pytest.mark.slow
 def test_failed_registration_leaves_the_registry_as_it_was(python) -> None:
     """Also where the failure comes while a module of ours is being imported, and when they are imported after it."""
     code = """
@@ -230,9 +238,15 @@ def test_failed_registration_leaves_the_registry_as_it_was(python) -> None:
     assert result.stderr.count('RuntimeWarning: timm_atac could not register') == 1
 
 
-@pytest.mark.parametrize('flags', [(), ('-W', 'error::RuntimeWarning')], ids=['default', 'warnings-are-errors'])
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    'stderr', ['None', 'open("/dev/full", "w", buffering=1)', 'type("Stream", (), dict(write=None, flush=None))()']
+    'stderr, flags',
+    [
+        ('None', ()),
+        ('None', ('-W', 'error::RuntimeWarning')),
+        ('open("/dev/full", "w", buffering=1)', ()),
+        ('type("Stream", (), dict(write=None, flush=None))()', ('-W', 'error::RuntimeWarning')),
+    ],
 )
 def test_failure_that_cannot_be_shown(python, stderr, flags) -> None:
     code = f"""
@@ -244,6 +258,7 @@ def test_failure_that_cannot_be_shown(python, stderr, flags) -> None:
     assert 'timm alone' in python(dedent(code) + WITHOUT_US + restore, *flags).stdout
 
 
+@pytest.mark.slow
 def test_interrupted_registration_is_made_up_for(python) -> None:
     code = """
         import sys, torch
@@ -261,6 +276,7 @@ def test_interrupted_registration_is_made_up_for(python) -> None:
     assert python(dedent(code) + WITH_US).stdout == 'interrupted\nregistered\n'
 
 
+@pytest.mark.slow
 def test_interrupted_between_two_networks(python) -> None:
     """Ctrl-C after three networks: the next import registers the others."""
     code = """
@@ -291,6 +307,7 @@ def test_the_loader_can_be_copied() -> None:
     assert loader.get_source('timm') == inspect.getsource(timm)
 
 
+@pytest.mark.slow
 def test_timm_found_by_another_finder(python) -> None:
     """Finders that instrument modules may answer before the hook; any use of ours makes up for it."""
     code = """
@@ -306,6 +323,7 @@ def test_timm_found_by_another_finder(python) -> None:
     assert 'registered' in python(dedent(code) + WITH_US).stdout
 
 
+@pytest.mark.slow
 def test_stock_models_are_unchanged(python) -> None:
     code = """
         import hashlib, timm, torch
@@ -321,6 +339,7 @@ def test_stock_models_are_unchanged(python) -> None:
     assert ours == python(dedent(code), TIMM_ATAC_DISABLE='1').stdout
 
 
+@pytest.mark.slow
 def test_spawned_worker(tmp_path) -> None:
     """A worker that unpickles one of our layers before anything else."""
     script = tmp_path / 'script.py'
@@ -349,6 +368,7 @@ def test_spawned_worker(tmp_path) -> None:
     assert names == {len(timm.list_models(['atac_*', '*_cifar']))}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('ours', ['timm_atac', 'timm_atac.models.atac_resnet', 'timm_atac.units.atac'])
 def test_threads(python, ours) -> None:
     """Imports of timm and of ours at once. A thread may meet a half imported module, as without us; none hangs."""

@@ -53,6 +53,7 @@ def cases() -> Iterator:
         yield pytest.param(title, module, marks=marks, id=f'{WAYS[title].__name__}-{module}')
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('title, module', list(cases()))
 @pytest.mark.timeout(1800)
 def test_row(title, module) -> None:
@@ -68,6 +69,7 @@ def modules() -> Iterator:
         yield pytest.param(module, marks=[] if few else [pytest.mark.slow, pytest.mark.all_hosts])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('module', list(modules()))
 def test_row_is_of_the_smallest_model(module) -> None:
     rows = table()
@@ -99,6 +101,7 @@ def test_every_model() -> None:
     assert PAGE.endswith(text), 'run python tools/host_coverage.py'
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     'name, way, result',
     [
@@ -138,6 +141,7 @@ def test_wrong_width_is_found() -> None:
         host_coverage.input_layouts(model, x)
 
 
+@pytest.mark.slow
 def test_unchanged_parameter_is_found() -> None:
     model = timm.create_model('test_resnet', act_layer='atac')
     unit = host_coverage.units(model)[0]

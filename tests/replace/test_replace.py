@@ -14,6 +14,7 @@ from timm_atac import ATAC, ATACMe, NiN, replace_activations
 from timm_atac.replace.edits import UnitPerWidth
 
 
+@pytest.mark.slow
 def test_one_unit_for_each_place() -> None:
     model: Any = torchvision.models.resnet50(weights=None)
     weights = {k: v.clone() for k, v in model.state_dict().items()}
@@ -37,6 +38,7 @@ def test_one_unit_for_each_place() -> None:
         torch.testing.assert_close(again(x), model(x))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     'where, units',
     [('layer4.*', 4), (nn.ReLU, 17), (4, 4), ((-2, -1), 8), (lambda name, _: name.endswith('act1'), 9), (None, 17)],
@@ -46,6 +48,7 @@ def test_where(where, units) -> None:
     assert sum(isinstance(m, ATAC) for m in model.modules()) == units
 
 
+@pytest.mark.slow
 def test_the_forward_pass_leaves_nothing_behind() -> None:
     """CoaT keeps a mask from its first forward pass. The mask must not be on the meta device."""
     model = replace_activations(timm.create_model('coat_tiny', img_size=64))
@@ -54,6 +57,7 @@ def test_the_forward_pass_leaves_nothing_behind() -> None:
     assert model(torch.randn(2, 3, 64, 64)).isfinite().all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', ['resnet18', 'dla46_c'])
 def test_hooks_move_to_what_takes_their_place(name) -> None:
     """timm takes features from some models, NASNet among them, by hooks on activations."""
@@ -72,6 +76,7 @@ def test_hooks_move_to_what_takes_their_place(name) -> None:
     assert seen == expected != []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     'name, kwargs, shape',
     [('resnet18', {'in_chans': 5}, (2, 5, 64, 64)), ('test_vit', {'img_size': 96}, (2, 3, 96, 96))],
@@ -81,6 +86,7 @@ def test_size_for_which_timm_has_made_the_model(name, kwargs, shape) -> None:
     assert model(torch.randn(shape)).shape == (2, 1000)
 
 
+@pytest.mark.slow
 def test_report_says_what_is_not_as_expected(caplog) -> None:
     model: Any = replace_activations(timm.create_model('coat_tiny', img_size=64, device='meta'))
     assert 'one unit each for several places: parallel_blocks.0.mlp2.act,' in model.replaced_activations.caveats()
@@ -90,6 +96,7 @@ def test_report_says_what_is_not_as_expected(caplog) -> None:
     assert '17 units (atac)' in str(model.replaced_activations)
 
 
+@pytest.mark.slow
 def test_at_the_papers_places_it_is_the_papers_network() -> None:
     ours: Any = timm.create_model('atac_resnet50').eval()
     where = ['layer3.*.act[12]', 'layer4.*.act[12]']

@@ -127,6 +127,7 @@ def test_graph_modules_are_left_whole() -> None:
     torch.testing.assert_close(copy.deepcopy(model)(X), model(X))
 
 
+@pytest.mark.slow
 def test_copies_have_their_own_weights_also_when_compiled() -> None:
     model = replaced(Twice()).eval()
     model.compile(backend='eager')
@@ -143,6 +144,7 @@ def test_copies_have_their_own_weights_also_when_compiled() -> None:
     assert type(torch.load(file, weights_only=False)) is type(model)
 
 
+@pytest.mark.slow
 def test_one_class_for_all_blocks_that_are_alike() -> None:
     model: Any = torchvision.models.resnet18(weights=None)
     replace_activations(model)

@@ -7,6 +7,7 @@ run, rows = run_ablation.run, run_ablation.rows
 write_image_folder = pytest.importorskip('sample_images').write_image_folder
 
 
+@pytest.mark.slow
 def test_run_and_again(tmp_path, capsys) -> None:
     output = tmp_path / 'out'
     command = ['--acts', 'relu', 'silu', 'relu', '--blocks', 2, 1, '--epochs', 1, '--size', 8, '--batch-size', 250]
@@ -33,6 +34,7 @@ def test_run_and_again(tmp_path, capsys) -> None:
     assert '±' in captured.out
 
 
+@pytest.mark.slow
 def test_image_folder(tmp_path, monkeypatch, capsys) -> None:
     """A run is named by the folder's absolute path. Its files are only written to the results folder."""
     write_image_folder(tmp_path / 'data' / 'pets')
@@ -50,6 +52,7 @@ def test_image_folder(tmp_path, monkeypatch, capsys) -> None:
     assert f'trained on pets. Top-1 accuracy: {row.result.accuracy} %' in card and str(tmp_path) not in card
 
 
+@pytest.mark.slow
 def test_runs_without_export_have_no_network(tmp_path, capsys) -> None:
     command = ['--acts', 'relu', '--seeds', 1, '--epochs', 1, '--size', 8, '--output', tmp_path]
     assert run(*command) == run(*command, '--export') == 0

@@ -12,6 +12,7 @@ image_data = pytest.importorskip('ablations.image_data')
 numbered_images = pytest.importorskip('sample_images').numbered_images
 
 
+@pytest.mark.slow
 def test_hold_out_never_looks_at_the_test_set(tmp_path, monkeypatch) -> None:
     """The accuracy is that of the held-out images. The test set may be empty."""
     load = ablation.load

@@ -29,6 +29,7 @@ def test_two_processes_share_a_folder(tmp_path) -> None:
     assert sorted(found) == sorted((a, 1, 4, s) for a in ('relu', 'silu') for s in (0, 1))
 
 
+@pytest.mark.slow
 def test_second_pass_trains_the_run_of_a_killed_process(tmp_path, monkeypatch) -> None:
     """The other process releases its lock while this one trains its last run."""
     lock = FileLock(tmp_path / '.locks' / 'digits_relu_b1_seed0_epochs-1_size-8.lock')

@@ -164,6 +164,7 @@ def test_optimizer(name: str) -> None:
         assert (group['nesterov'], group['momentum'], group['weight_decay']) == (True, 0.9, 1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ('name', 'everything'),
     [(IMAGENET, False), (MODERN, False), ('cifar10', True), ('cifar100', True), ('digits', True)],
@@ -183,6 +184,7 @@ def test_weight_decay(name: str, everything: bool) -> None:
     assert decayed == (set(model.parameters()) if everything else weights)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ('name', 'command_line', 'params'),
     [

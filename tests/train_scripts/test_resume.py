@@ -15,6 +15,7 @@ ablation = pytest.importorskip('ablation')
 SCRIPTS = str(Path(ablation.__file__).parent)
 
 
+@pytest.mark.slow
 def test_interrupt_keeps_rows_and_checkpoint(tmp_path, monkeypatch, capsys) -> None:
     save = ablation.Trainer.save
 

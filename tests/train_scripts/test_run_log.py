@@ -10,6 +10,7 @@ run_ablation = pytest.importorskip('run_ablation', reason="needs the packages of
 run, rows = run_ablation.run, run_ablation.rows
 
 
+@pytest.mark.slow
 def test_curve(tmp_path) -> None:
     """The file has one line per epoch, also if the run was interrupted and resumed."""
     command = ['--acts', 'relu', '--seeds', 1, '--epochs', 3, '--size', 8]
@@ -29,6 +30,7 @@ def test_curve(tmp_path) -> None:
     assert float(curves[0][-1][3]) == pytest.approx(rows(tmp_path / 'whole')[0].result.accuracy, abs=1e-3)
 
 
+@pytest.mark.slow
 def test_logs(tmp_path) -> None:
     pytest.importorskip('tensorboard', reason="needs the packages of the extra 'logging'")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -43,6 +45,7 @@ def test_logs(tmp_path) -> None:
     assert len(events.Scalars('train/loss')) == len(events.Scalars('lr')) == 2
 
 
+@pytest.mark.slow
 def test_wandb(tmp_path, monkeypatch) -> None:
     """A resumed run keeps its id at Weights & Biases, and no epoch is left out."""
     calls: list[tuple[str, Any, Any]] = []

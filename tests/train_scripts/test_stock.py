@@ -254,6 +254,7 @@ def test_process_is_replaced_by_the_script(checkout) -> None:
     assert process.returncode == 7
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     'command',
     [

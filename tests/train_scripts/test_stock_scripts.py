@@ -55,6 +55,7 @@ def logits(checkpoint: Path) -> torch.Tensor:
         return model(torch.randn(5, 3, 16, 16, generator=torch.Generator().manual_seed(1)))
 
 
+@pytest.mark.slow
 def test_image_folder(data) -> None:
     for split, (images, labels) in zip(('train', 'val'), digits.load_digits(8), strict=True):
         files = sorted((data / split).glob('*/*.png'), key=lambda path: path.name)

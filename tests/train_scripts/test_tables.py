@@ -139,6 +139,7 @@ def write_csv(folder: Path, rows: list) -> Path:
     return subject.csv
 
 
+@pytest.mark.slow
 def test_from_the_csv_alone(tmp_path, capsys) -> None:
     rows = [make_row(seed, 80.0 + seed, act_stages=n) for n in (2, 4) for seed in range(2)]
     path = write_csv(tmp_path / 'results', [*rows, make_row(dataset='cifar100_coarse')])
@@ -199,6 +200,7 @@ def test_without_output_nothing_is_written(tmp_path, capsys) -> None:
     assert 'ATAC' in capsys.readouterr().out and sorted(tmp_path.iterdir()) == before
 
 
+@pytest.mark.slow
 def test_imagenet_table(monkeypatch, tmp_path, capsys) -> None:
     """The latency is that of the networks in the file of reported figures; here of two, to be quick."""
     lines = table4.REPORTED.read_text().splitlines(keepends=True)

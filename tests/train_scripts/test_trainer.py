@@ -62,6 +62,7 @@ class Killed(BaseException):
     pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('options', [{}, dict(precision='bfloat16'), dict(precision='float16')], ids=str)
 def test_resumes_to_the_same_numbers(options, tmp_path) -> None:
     run = RUN._replace(**options)
@@ -116,6 +117,7 @@ def test_checkpoint_that_only_the_first_process_sees(monkeypatch, tmp_path) -> N
         subject.check_same_epoch(tmp_path / 'checkpoint')
 
 
+@pytest.mark.slow
 def test_compile_and_channels_last(monkeypatch, tmp_path) -> None:
     """A compiled network gets batches in channels_last, and trains to the same numbers as one that is not compiled."""
     formats = set()
@@ -152,6 +154,7 @@ def test_setup_joins_the_setups_of_all_epochs(tmp_path) -> None:
     assert third.setup == again.setup
 
 
+@pytest.mark.slow
 def test_progress(tmp_path) -> None:
     """Learning rates, losses and accuracy agree with the trained network."""
     subject = make_trainer(RUN._replace(epochs=8))

@@ -172,6 +172,7 @@ def test_not_contiguous(unit) -> None:
     torch.testing.assert_close(module(x), module(x.contiguous()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('unit', UNITS)
 @pytest.mark.parametrize('training', [True, False])
 def test_compile_without_graph_break(unit, training) -> None:
@@ -202,6 +203,7 @@ def test_fx(unit) -> None:
     torch.testing.assert_close(torch.fx.symbolic_trace(module)(x), module(x))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings('ignore')  # the exporter's own
 @pytest.mark.parametrize('unit', UNITS)
 def test_onnx(unit, run_onnx) -> None:

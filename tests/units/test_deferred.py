@@ -82,6 +82,7 @@ def test_layouts_are_views_of_one_unit(unit, input_fmt, shape) -> None:
     torch.testing.assert_close(last(x).reshape(3, 1, -1, 14).permute(0, 3, 1, 2), first(nchw))
 
 
+@pytest.mark.slow
 def test_another_width_is_an_error() -> None:
     model = timm.create_model('res2net50_14w_8s', act_layer='atac')
     with pytest.raises(ValueError, match=r"'relu' of .*Bottle2neck.*is for 256 channels.*replace_activations"):

@@ -50,6 +50,7 @@ def by_definition(q, k, v, row_embed, col_embed, heads: int) -> torch.Tensor:
     return out.view(batch, channels, height, width)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(('shape', 'heads', 'window'), CASES)
 @pytest.mark.parametrize('tile', [7, 4])
 def test_definition(shape, heads, window, tile) -> None:
@@ -63,6 +64,7 @@ def test_definition(shape, heads, window, tile) -> None:
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings('ignore:flex_attention called without torch.compile')
 def test_other_forms_of_the_benchmark() -> None:
     """All forms in benchmarks/local_attention.py compute the same."""
@@ -129,6 +131,7 @@ def test_nothing_of_the_neighbourhoods_is_kept() -> None:
     assert bytes_kept(lambda: local_attention(*tensors, num_heads=2).sum(), owner) == 0
 
 
+@pytest.mark.slow
 def test_compiled_and_scripted() -> None:
     tensors = inputs((1, 8, 9, 5), 2, 7, torch.float32)
     expected = local_attention(*tensors, num_heads=2)

@@ -52,6 +52,7 @@ def test_some_gradients(wanted) -> None:
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('training', [True, False])
 def test_gradcheck(training) -> None:
     """First and second derivatives by all inputs, against finite differences."""
@@ -95,6 +96,7 @@ def test_bytes_kept(training) -> None:
     )  # the next layer stores the output
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('model, most', [('atac_resnet50', 1.07), ('atac_resnet50_full', 1.23)])
 def test_bytes_kept_of_networks(model, most) -> None:
     """The ratio to `resnet50`, in float32. It does not depend on the batch size."""

@@ -81,6 +81,7 @@ def test_ddp(tmp_path) -> None:
         assert len(moved) > 0.9 * len(inside)  # in a block that starts as the identity, some do not change in two steps
 
 
+@pytest.mark.slow
 def test_ema(model) -> None:
     ema = ModelEmaV3(model, decay=0.75)
     before = copy.deepcopy(model.state_dict())
@@ -96,6 +97,7 @@ def test_ema(model) -> None:
     assert ema(images()).shape == (4, 7)
 
 
+@pytest.mark.slow
 def test_compile_without_graph_break(model) -> None:
     model, x = model.double(), images().double()  # compiled, a unit runs op by op, with other rounding
     expected = gradients(copy.deepcopy(model), x)
@@ -104,6 +106,7 @@ def test_compile_without_graph_break(model) -> None:
         torch.testing.assert_close(gradient, expected[name.removeprefix('_orig_mod.')], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_sync_batchnorm(model) -> None:
     """The conversion keeps names and output; training is for several GPUs."""
     model.eval()
@@ -121,6 +124,7 @@ def test_sync_batchnorm(model) -> None:
     torch.testing.assert_close(converted(x), expected)
 
 
+@pytest.mark.slow
 def test_amp(model) -> None:
     x = images()
     expected = model.eval()(x)  # batch statistics of a few positions would magnify every difference
@@ -134,6 +138,7 @@ def test_amp(model) -> None:
         assert p.grad is not None and p.grad.dtype == torch.float32 and p.grad.isfinite().all(), name
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing(model) -> None:
     x = images()
     expected = gradients(copy.deepcopy(model), x)
@@ -147,6 +152,7 @@ def test_gradient_checkpointing(model) -> None:
         torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('options', [{}, {'layer_decay': 0.75}])
 def test_optimizers_of_timm_get_every_parameter_once(model, options) -> None:
     optimizer = create_optimizer_v2(model, opt='adamw', lr=1e-3, weight_decay=0.05, **options)
@@ -159,6 +165,7 @@ def test_optimizers_of_timm_get_every_parameter_once(model, options) -> None:
         assert id(unit.bn1.weight) not in decayed
 
 
+@pytest.mark.slow
 def test_another_head(model) -> None:
     model.reset_classifier(5)
     assert model(images()).shape == (4, 5)

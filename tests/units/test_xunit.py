@@ -91,6 +91,7 @@ def test_by_name_in_a_model_of_timm() -> None:
     assert len(timm_atac.viz.gate_maps(model, x)) == 17
 
 
+@pytest.mark.slow
 def test_in_place_of_activations_and_fused() -> None:
     """`fuse` folds each unit's norm into its convolution."""
     model: Any = timm.create_model('resnetv2_50', num_classes=5)

@@ -38,6 +38,7 @@ def test_files_of_mxnet(stem, tolerance) -> None:
     assert found <= tolerance
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('case', CASES, ids=str)
 def test_there_and_back(case, tmp_path) -> None:
     """Every array of all nine networks goes through a float16 file into the model and back without a change."""

@@ -26,6 +26,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name, kwargs', CASES, ids=str)
 def test_round_trip(name, kwargs, tmp_path) -> None:
     """The network loaded by us and by timm gives the same logits to the bit."""
@@ -90,6 +91,7 @@ def test_a_replaced_host_claims_nothing_of_the_host(tmp_path) -> None:
     assert not {'tag', 'license', 'description', 'origin_url'} & set(cfg)
 
 
+@pytest.mark.slow
 def test_what_others_wrote(tmp_path) -> None:
     """A folder of timm's own save_for_hf with a network of replace_activations."""
     model: Any = timm_atac.replace_activations(timm.create_model('resnet18', num_classes=3), where='layer4.*')
@@ -168,6 +170,7 @@ def test_faults_of_the_weights(folder) -> None:
         load_folder(folder)  # a pickle is no substitute
 
 
+@pytest.mark.slow
 def test_export_is_complete_or_absent(tmp_path, monkeypatch) -> None:
     model = timm.create_model('atac_resnet8_cifar')
 
@@ -189,6 +192,7 @@ def test_export_is_complete_or_absent(tmp_path, monkeypatch) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_export_overwrites_nothing(tmp_path) -> None:
     model = timm.create_model('atac_resnet8_cifar')
     (tmp_path / 'file').write_text('x')

@@ -33,6 +33,7 @@ def equal(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> bool
     )
 
 
+@pytest.mark.slow
 @given(st.dictionaries(names, arrays, max_size=5))
 @settings(deadline=None)
 def test_round_trip(tmp_path_factory, expected) -> None:
@@ -157,6 +158,7 @@ def test_no_file(tmp_path) -> None:
         read_params(tmp_path / 'absent.params')
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     'data',
     [

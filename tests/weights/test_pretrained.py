@@ -72,6 +72,7 @@ def create(overlay: dict[str, Any], **kwargs) -> Any:
     return timm.create_model(NAME, pretrained=True, pretrained_cfg_overlay=overlay, **kwargs).eval()
 
 
+@pytest.mark.slow
 def test_download(overlay, source, tmp_path) -> None:
     model = create(overlay)
     x = torch.randn(2, 3, 64, 64)
@@ -80,6 +81,7 @@ def test_download(overlay, source, tmp_path) -> None:
     assert (tmp_path / 'hub' / 'checkpoints' / 'net.params').is_file()
 
 
+@pytest.mark.slow
 def test_adaptation(overlay, source) -> None:
     """timm adapts the weights to other classes, input channels and feature maps."""
     x = torch.randn(1, 3, 64, 64)
@@ -97,6 +99,7 @@ def test_adaptation(overlay, source) -> None:
         assert dilated(x[:, :1])[0].shape == (1, 2048, 8, 8)
 
 
+@pytest.mark.slow
 def test_another_file_is_refused(overlay, monkeypatch, site) -> None:
     found = git_blob_id(site[0] / 'net.params')
     monkeypatch.undo()
@@ -105,16 +108,19 @@ def test_another_file_is_refused(overlay, monkeypatch, site) -> None:
         create(dict(file=str(site[0] / 'net.params'), custom_load=True))
 
 
+@pytest.mark.slow
 def test_a_tag_of_ones_own(source, site) -> None:
     model = create(dict(file=str(site[0] / 'net.params'), custom_load=True, tag='mine'))
     assert torch.equal(model.fc.weight, source.fc.weight)
 
 
+@pytest.mark.slow
 def test_another_architecture(overlay) -> None:
     with pytest.raises(ConversionError, match=r"missing: 'layer1\.0\.relu1\.module\.0\.weight'"):
         create(overlay, atac_stages=(1, 2, 3, 4))
 
 
+@pytest.mark.slow
 def test_a_damaged_file(overlay, site, tmp_path) -> None:
     data = (site[0] / 'net.params').read_bytes()
     (tmp_path / 'cut.params').write_bytes(data[: len(data) // 2])
@@ -137,6 +143,7 @@ def test_formats_of_timm(tmp_path) -> None:
     assert model.fc.out_features == 3
 
 
+@pytest.mark.slow
 def test_formats_of_timm_for_a_published_tag(source, tmp_path) -> None:
     """A user's weights in a format of timm replace the published ones."""
     from safetensors.torch import save_file
@@ -167,6 +174,7 @@ def test_registered_weights() -> None:
     assert len(set(names)) == len(names)  # timm caches downloads by the last part of their address
 
 
+@pytest.mark.slow
 def test_hub_first(python) -> None:
     """timm prefers an organisation on the Hub; the default tags do not change."""
     code = (
