@@ -110,10 +110,8 @@ def _show(axes: 'Axes', pixels: np.ndarray, extent: tuple[float, float, float, f
 
 def _histogram(axes: 'Axes', values: np.ndarray, aspect: float) -> None:
     """Draw how often each value occurs, with a line at the mean."""
-    span = (
-        min(0.0, float(values.min())),
-        max(1.0, float(values.max())),
-    )  # a gate_layer may leave 0..1
+    # the output of a gate_layer may be outside of 0..1
+    span = (min(0.0, float(values.min())), max(1.0, float(values.max())))
     axes.hist(values, bins=min(50, max(10, math.isqrt(values.size))), range=span, histtype='stepfilled', color='0.55')
     mean = float(values.mean())
     axes.axvline(mean, color='C3', linewidth=1)

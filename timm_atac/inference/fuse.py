@@ -101,9 +101,8 @@ class FusedATAC(ChannelModule):
     def _activate_in_place(self, x: torch.Tensor) -> torch.Tensor:
         dtype = autocast_dtype(x)
         with without_autocast(x.device):
-            if x.is_contiguous(
-                memory_format=torch.channels_last
-            ):  # a view as rows of channels: the convolutions are matrix products
+            if x.is_contiguous(memory_format=torch.channels_last):
+                # a view as rows of channels: the convolutions are matrix products
                 rows = x.permute(0, 2, 3, 1).flatten(0, 2)
                 y = _product(rows, self.conv1, dtype, relu=True)
                 y = _product(y, self.conv2, dtype).view(x.shape[0], *x.shape[2:], x.shape[1]).permute(0, 3, 1, 2)
