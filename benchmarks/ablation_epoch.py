@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / 'train_scripts'))
 
 import torch
 from ablations import trainer as ablation_trainer
+from ablations.cuda_graph import GradientGraph
 from ablations.grid import RECIPES, Run, activation
 from ablations.image_data import CIFAR_MEAN, CIFAR_STD, Split
 from ablations.provenance import device_name
@@ -57,7 +58,7 @@ def loader_batches(loader: DataLoader, device: torch.device) -> Iterator[Split]:
         yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
 
 
-def epoch_seconds(trainer: Trainer, network: torch.nn.Module, loader: DataLoader | None) -> float:
+def epoch_seconds(trainer: Trainer, network: torch.nn.Module | GradientGraph, loader: DataLoader | None) -> float:
     """Return the seconds of one epoch of training, without the test set."""
     batches = ablation_trainer.batches if loader is None else lambda *_: loader_batches(loader, trainer.machine.device)
     with mock.patch.object(ablation_trainer, 'batches', batches):
@@ -95,7 +96,7 @@ def main() -> None:
         persistent_workers=args.workers > 0,
         pin_memory=device.type == 'cuda',
     )
-    subjects: dict[tuple[str, str], tuple[Trainer, torch.nn.Module, DataLoader | None]] = {}
+    subjects: dict[tuple[str, str], tuple[Trainer, torch.nn.Module | GradientGraph, DataLoader | None]] = {}
     for name in ('relu', 'atac'):
         run = Run('cifar10', name, args.blocks, 4, 0, **RECIPES['authors']._asdict(), precision=precision)
         trainer = Trainer(run, data, machine)

@@ -46,6 +46,7 @@ TESTS = (
     'test_fuse.py',
     'test_checkpointed.py',
     'test_kernels_benchmarks.py',
+    'test_cuda_graph.py',
 )
 
 

@@ -50,7 +50,7 @@ def set_up(args: argparse.Namespace) -> Machine:
     device = torch.device(args.device)
     # on a GPU, neither memory layout nor compiler has been measured yet
     channels_last = device.type == 'cpu' if args.channels_last is None else args.channels_last
-    return Machine(device, args.rank, args.world_size, channels_last, args.compile)
+    return Machine(device, args.rank, args.world_size, channels_last, args.compile, args.cuda_graph)
 
 
 def load_all(todo: list[Run], args: argparse.Namespace, machine: Machine) -> dict[str, ImageData]:

@@ -1,7 +1,7 @@
 """Stage for the CIFAR networks: the time of an epoch in every form."""
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from ablations.grid import RECIPES, Run
@@ -21,6 +21,7 @@ class Form(NamedTuple):
     precision: str = 'float32'
     channels_last: bool = False
     compile_mode: str | None = None
+    cuda_graph: bool = False  # as in ablation.py: of the gradients
 
 
 EAGER = (
@@ -33,9 +34,20 @@ GRAPHS = (
     Form('CUDA graphs', compile_mode='reduce-overhead'),
     Form('CUDA graphs, bfloat16, channels_last', 'bfloat16', True, 'reduce-overhead'),
 )
+GRAPH = (Form('gradients in a CUDA graph', cuda_graph=True),)
 COMPILED = (Form('compiled', compile_mode='default'),)
 # the most important first; compiling takes long
-ORDER = ((EAGER[:1], 1), (GRAPHS, 1), (EAGER[1:], 1), (EAGER[:1], 3), (GRAPHS[:1], 3), (EAGER[1:], 3), (COMPILED, 1))
+ORDER = (
+    (EAGER[:1], 1),
+    (GRAPH, 1),
+    (GRAPHS, 1),
+    (EAGER[1:], 1),
+    (EAGER[:1], 3),
+    (GRAPH, 3),
+    (GRAPHS[:1], 3),
+    (EAGER[1:], 3),
+    (COMPILED, 1),
+)
 
 
 def _measure_epoch(stage: Stage, name: str, blocks: int, form: Form) -> None:
@@ -46,11 +58,11 @@ def _measure_epoch(stage: Stage, name: str, blocks: int, form: Form) -> None:
     steps, rounds = (2, 1) if stage.small else (40, 3)
     torch.compiler.reset()
     run = Run('cifar10', name, blocks, 4, 0, **recipe._asdict(), precision=form.precision)
-    machine = Machine(device, channels_last=form.channels_last)
+    machine = Machine(device, channels_last=form.channels_last, cuda_graph=form.cuda_graph)
     trainer = Trainer(run, random_images(steps * recipe.batch_size, device), machine)
-    network: torch.nn.Module = trainer.model
+    network: Any = trainer.wrap_model()
     if form.compile_mode is not None:
-        network = torch.compile(network, mode=form.compile_mode)  # type: ignore[assignment]
+        network = torch.compile(network, mode=form.compile_mode)
     times = interleaved({'': partial(trainer.train_epoch, network)}, rounds, device)['']
     epoch = Spread.of(times).median / steps * (IMAGES // recipe.batch_size)
     stage.emit(
@@ -68,7 +80,7 @@ def run(stage: Stage) -> None:
     torch.backends.cudnn.benchmark = True  # as in ablation.py
     cases = [(form, blocks, name) for forms, blocks in ORDER for form in forms for name in ('relu', 'atac')]
     if stage.small:
-        cases = [(form, 1, 'atac') for form in (EAGER[1], GRAPHS[0])]
+        cases = [(form, 1, 'atac') for form in (EAGER[1], *GRAPH, GRAPHS[0])]
     for form, blocks, name in cases:
         stage.attempt(f'{name}, b = {blocks}, {form.name}', partial(_measure_epoch, stage, name, blocks, form))
 

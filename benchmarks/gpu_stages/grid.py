@@ -1,6 +1,7 @@
 """Stage that trains the networks of the ablation in several processes on one GPU until its time is over."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -18,10 +19,10 @@ LEAST_SECONDS = 60
 MOST_BYTES = 15_000_000  # in the archive of networks
 # blocks, activations and seeds, the most important first, as in docs/results.md
 GRID = (
-    (1, 'relu atac se_act local_se nin silu xunit', 3),
-    (2, 'relu atac se_act', 3),
-    (3, 'relu atac', 3),
-    (4, 'relu atac', 3),
+    ('1', 'relu atac se_act local_se nin', 3),
+    ('2 3 4', 'relu atac', 3),
+    ('2 3 4', 'se_act local_se nin', 3),
+    ('1', 'silu xunit', 3),
 )
 
 
@@ -47,7 +48,7 @@ def run(stage: Stage) -> None:
                 archive.extractall(data / 'cifar10-jpeg', filter='data')
             commands = [
                 _command(stage, data, ['--datasets', 'cifar10-jpeg', '--data-dir', temporary, '--recipe', 'short',
-                                       '--acts', *acts.split(), '--blocks', str(blocks), '--seeds', str(seeds)])
+                                       '--acts', *acts.split(), '--blocks', *blocks.split(), '--seeds', str(seeds)])
                 for blocks, acts, seeds in GRID
             ]  # fmt: skip
         count = 1 if stage.small else min(8, max(1, (os.cpu_count() or 2) // 2))
@@ -61,31 +62,61 @@ def _command(stage: Stage, data: Path, options: list[str]) -> list[str]:
 
 
 def _train(stage: Stage, commands: list[list[str]], count: int, results: Path) -> None:
-    """Run the commands one after the other, each in `count` processes at the same time, and collect finished runs."""
-    for command in commands:
-        children = [subprocess.Popen(command, env={**os.environ, 'OMP_NUM_THREADS': '1'}) for _ in range(count)]
-        while any(child.poll() is None for child in children) and stage.seconds_left() > 10:
-            time.sleep(1)
-            collect(results, stage.rows.parent)
-        is_late = any(child.poll() is None for child in children)
-        for child in children:
-            if child.poll() is None:
-                child.send_signal(signal.SIGINT)  # they print which runs are unfinished
-        end = time.monotonic() + 4
-        for child in children:
-            try:
-                child.wait(timeout=max(0.1, end - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                child.kill()
+    """Run the commands one after the other in each of `count` workers, and collect finished runs."""
+    workers = [Worker(commands) for _ in range(count)]
+    while any(worker.works() for worker in workers) and stage.seconds_left() > 10:
+        time.sleep(1)
         collect(results, stage.rows.parent)
-        rows = results / 'ablation.csv'
-        done = rows.read_text().count('\n') - 1 if rows.exists() else 0
-        stage.emit('grid', options=' '.join(command[2:]), processes=count, finished_runs=done)
-        failed = [child.returncode for child in children if child.returncode not in (0, 130)]
-        if failed and not is_late:
-            stage.emit('errors', what='ablation.py', error=f'exit status {failed[0]}; see log.txt')
-        if is_late:
-            break
+    is_late = any(worker.works() for worker in workers)
+    end = time.monotonic() + 4
+    for worker in workers:
+        worker.interrupt()
+    for worker in workers:
+        worker.end(max(0.1, end - time.monotonic()))
+    collect(results, stage.rows.parent)
+    rows = results / 'ablation.csv'
+    done = rows.read_text().count('\n') - 1 if rows.exists() else 0
+    stage.emit(
+        'grid', options='; '.join(' '.join(command[2:]) for command in commands), processes=count, finished_runs=done
+    )
+    failed = [status for worker in workers for status in worker.statuses if status not in (0, 130)]
+    if failed and not is_late:
+        stage.emit('errors', what='ablation.py', error=f'exit status {failed[0]}; see log.txt')
+
+
+class Worker:
+    """Runs commands one after the other. A worker goes on to the next command when others still train for this one."""
+
+    def __init__(self, commands: list[list[str]]) -> None:
+        self._left = list(commands)
+        self._child: subprocess.Popen | None = None
+        self.statuses: list[int] = []
+
+    def works(self) -> bool:
+        """Start the next command if the last one has ended. False if no command is left."""
+        if self._child is not None and self._child.poll() is None:
+            return True
+        if self._child is not None:
+            self.statuses.append(self._child.returncode)
+            self._child = None
+        if not self._left:
+            return False
+        self._child = subprocess.Popen(self._left.pop(0), env={**os.environ, 'OMP_NUM_THREADS': '1'})
+        return True
+
+    def interrupt(self) -> None:
+        self._left = []
+        if self._child is not None and self._child.poll() is None:
+            self._child.send_signal(signal.SIGINT)  # it prints which runs are unfinished
+
+    def end(self, patience: float) -> None:
+        """Wait for the command that runs, and kill it after `patience` seconds."""
+        if self._child is None:
+            return
+        try:
+            self.statuses.append(self._child.wait(timeout=patience))
+        except subprocess.TimeoutExpired:
+            self._child.kill()
 
 
 def collect(results: Path, out: Path) -> None:
@@ -98,7 +129,9 @@ def collect(results: Path, out: Path) -> None:
         return
     size = 0
     fitting = []
-    for path in sorted(results.glob('*_seed0*/model.safetensors')):
+    networks = results.glob('*_seed0*/model.safetensors')
+    # those of the package first
+    for path in sorted(networks, key=lambda path: (not re.search('_(relu|atac)_', path.parent.name), path)):
         size += path.stat().st_size
         if size < MOST_BYTES:
             fitting += [path, path.parent / 'config.json']

@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -133,6 +134,11 @@ def _add_machine(group: Any) -> None:
         action=argparse.BooleanOptionalAction,
         help=f'use torch.compile (default: on a CPU with a C++ compiler, for runs of {COMPILE_FROM} updates or more)',
     )
+    group.add_argument(
+        '--cuda-graph',
+        action=argparse.BooleanOptionalAction,
+        help='compute gradients as one CUDA graph (default: on a GPU, in one process, without float16 or --compile)',
+    )
 
 
 def _add_output(group: Any) -> None:
@@ -170,6 +176,13 @@ def _check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
             parser.error(f"{error}; install it by `pip install 'timm_atac[{extra}]'`")
     if args.size not in (None, 32) and any(name.startswith('cifar') for name in {*args.datasets} & {*DATASETS}):
         parser.error(f"argument --size: {args.size}, but CIFAR's images have a size of 32")
+    if args.cuda_graph:
+        is_float16 = args.amp and args.amp_dtype == 'float16'
+        processes = int(os.environ.get('WORLD_SIZE', 1))
+        if not args.device.startswith('cuda') or is_float16 or args.compile or processes > 1:
+            parser.error(
+                'argument --cuda-graph: expected a CUDA device, one process, and neither float16 nor --compile'
+            )
     if args.output.is_file():
         parser.error(f'argument --output: {args.output} is a file; expected a folder')
 

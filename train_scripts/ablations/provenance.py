@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import os
 import platform
 import subprocess
 from collections.abc import Sequence
@@ -21,7 +22,7 @@ class Setup(NamedTuple):
     Attributes:
         device: Name of the GPU; or the CPU's model, its instruction set that PyTorch uses, and the number of threads.
         memory_format: 'channels_last' or 'contiguous'.
-        mode: 'eager' or 'compiled'.
+        mode: 'eager', 'compiled' or 'cuda graph'.
         commit: Of this repository, with '-dirty' if tracked files were changed; '' if it is unknown.
         data: The first twelve digits of the SHA-256 of all decoded images and labels.
         python, torch, timm, pillow: Versions. Pillow decodes JPEG.
@@ -83,7 +84,8 @@ def data_hash(tensors: Sequence[torch.Tensor]) -> str:
 def commit() -> str:
     """Return the commit of this code in twelve digits.
 
-    It is '' if git does not track this file, or if `timm_atac` is imported from outside this checkout.
+    It is '' if git does not track this file, or if `timm_atac` is imported from outside this checkout. In a copy
+    without git, the environment variable SOURCE_COMMIT gives it.
     """
     package = Path(timm_atac.__file__).resolve().parent
     if package.parent != Path(__file__).resolve().parents[2]:
@@ -93,7 +95,7 @@ def commit() -> str:
         changed = _git('status', '--porcelain', '--untracked-files=no', ':/')
         return _git('rev-parse', '--short=12', 'HEAD') + ('-dirty' if changed else '')
     except (OSError, subprocess.CalledProcessError):
-        return ''
+        return os.environ.get('SOURCE_COMMIT', '')[:12]
 
 
 def _git(*command: str) -> str:

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ from timm.scheduler import create_scheduler_v2
 from timm.utils import distribute_bn, random_seed
 from torch.nn.parallel import DistributedDataParallel
 
+from ablations.cuda_graph import GradientGraph
 from ablations.grid import Run, create_model
 from ablations.image_data import ImageData, batches
 from ablations.provenance import Setup, commit, data_hash, device_name, join_setups, pillow_version
@@ -43,6 +45,7 @@ class Machine(NamedTuple):
         channels_last: True if images and weights have this memory layout, as in timm's train.py.
         compile: True to use `torch.compile`, False not to. None uses it where it was measured to save time: in long
             runs on a CPU.
+        cuda_graph: True to compute the gradients as one CUDA graph, False not to. None does so where it can.
     """
 
     device: torch.device
@@ -50,6 +53,7 @@ class Machine(NamedTuple):
     processes: int = 1
     channels_last: bool = False
     compile: bool | None = False
+    cuda_graph: bool | None = False
 
     @property
     def memory_format(self) -> torch.memory_format:
@@ -60,6 +64,14 @@ class Machine(NamedTuple):
         if self.compile is not None:
             return self.compile
         return self.device.type == 'cpu' and updates >= COMPILE_FROM and _has_compiler()
+
+    def should_graph(self, precision: str) -> bool:
+        """True if a run with this precision computes its gradients as one CUDA graph.
+
+        The scale of the loss in float16, the communication of several processes and `torch.compile` are not captured.
+        """
+        can = self.device.type == 'cuda' and self.processes == 1 and precision != 'float16' and not self.compile
+        return can and self.cuda_graph is not False
 
 
 def _has_compiler() -> bool:
@@ -113,11 +125,12 @@ class Trainer:
         )
         self.updates_per_epoch = len(data.train[0]) // run.batch_size
         self.compiled = machine.should_compile(run.epochs * self.updates_per_epoch)
+        self.graphed = machine.should_graph(run.precision)
         self._setups = [
             Setup(
                 device_name(machine.device),
                 'channels_last' if machine.channels_last else 'contiguous',
-                'compiled' if self.compiled else 'eager',
+                'compiled' if self.compiled else 'cuda graph' if self.graphed else 'eager',
                 commit(),
                 data_hash([*data.train, *data.test]),
                 pillow=pillow_version(),
@@ -181,8 +194,13 @@ class Trainer:
                 dist.barrier()  # no process starts the next epoch before the checkpoint is written
         return self.progress
 
-    def wrap_model(self) -> nn.Module:
-        """Return the network to train: distributed if there are several processes, compiled if `self.compiled`."""
+    def wrap_model(self) -> nn.Module | GradientGraph:
+        """Return the network to train: distributed if there are several processes, compiled if `self.compiled`.
+
+        If `self.graphed`, it is the graph of the network's gradients.
+        """
+        if self.graphed:
+            return GradientGraph(self.model, partial(self._loss, self.model))
         network: Any = self.model
         if self.machine.processes > 1:
             network = DistributedDataParallel(network)
@@ -194,30 +212,44 @@ class Trainer:
     def _autocast(self) -> Any:
         if self.run.precision == 'float32':
             return nullcontext()
-        return torch.autocast(self.machine.device.type, getattr(torch, self.run.precision))
+        # a graph must not use copies of the weights that were cached before its capture
+        dtype, device = getattr(torch, self.run.precision), self.machine.device.type
+        return torch.autocast(device, dtype, cache_enabled=not self.graphed)
 
-    def train_epoch(self, network: nn.Module) -> float:
-        """Train one epoch and return its mean loss."""
+    def _loss(self, network: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        with self._autocast():
+            return F.cross_entropy(network(images.contiguous(memory_format=self.machine.memory_format)), labels)
+
+    def _gradients(
+        self, network: nn.Module | GradientGraph, images: torch.Tensor, labels: torch.Tensor
+    ) -> torch.Tensor:
+        """Set the gradients of a batch, and return its loss."""
+        if isinstance(network, GradientGraph):
+            return network(images, labels)
+        loss = self._loss(network, images, labels)
+        self.optimizer.zero_grad()
+        self.scaler.scale(loss).backward()
+        return loss.detach()
+
+    def train_epoch(self, network: nn.Module | GradientGraph) -> float:
+        """Train one epoch of what `wrap_model` returned, and return its mean loss."""
         run, machine = self.run, self.machine
         epoch_seed = (run.seed << 20) + self.progress.epoch
         random_seed(epoch_seed)
-        network.train()
+        self.model.train()
         total = torch.zeros((), device=machine.device)
         updates = self.progress.epoch * self.updates_per_epoch
         self.scheduler.step_update(updates)
         for images, labels in batches(
             self.data, run.batch_size, run.augment, epoch_seed, machine.rank, machine.processes
         ):
-            with self._autocast():
-                loss = F.cross_entropy(network(images.contiguous(memory_format=machine.memory_format)), labels)
-            self.optimizer.zero_grad()
-            self.scaler.scale(loss).backward()
+            loss = self._gradients(network, images, labels)
             self.scaler.step(self.optimizer)
             self.scaler.update()
             self._lr: float = self.optimizer.param_groups[0]['lr']
             updates += 1
             self.scheduler.step_update(updates)
-            total += loss.detach()  # read once per epoch, since reading synchronizes with the device
+            total += loss  # read once per epoch, since reading synchronizes with the device
         if machine.processes > 1:
             dist.all_reduce(total)
         return total.item() / (self.updates_per_epoch * machine.processes)
