@@ -117,16 +117,17 @@ def peak_memory(run: Callable[[], object], device: torch.device) -> int:
 
 def bytes_kept(forward: Callable[[], object], module: nn.Module) -> int:
     """Return the bytes that a forward pass saves for the backward pass, without the module's parameters and buffers."""
-    kept: list[torch.Tensor] = []
+    kept: list[torch.UntypedStorage] = []
 
     def pack(t: torch.Tensor) -> torch.Tensor:
-        kept.append(t)
-        return t
+        kept.append(t.untyped_storage())
+        # a graph that holds a tensor with that graph is never freed
+        return t.detach()
 
     with saved_tensors_hooks(pack, lambda t: t):
         output = forward()
     own = {t.untyped_storage().data_ptr() for t in (*module.parameters(), *module.buffers())}
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept}
+    storages = {storage.data_ptr(): storage.nbytes() for storage in kept}
     del output
     return sum(size for pointer, size in storages.items() if pointer not in own)
 

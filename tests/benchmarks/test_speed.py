@@ -1,5 +1,6 @@
 """benchmarks/speed.py and benchmarks/measuring/timing.py"""
 
+import gc
 import importlib
 import re
 
@@ -8,6 +9,7 @@ import speed
 import torch
 import torch.nn as nn
 from measuring.timing import bytes_kept, interleaved, peak_memory, ratio
+from torch.multiprocessing.reductions import StorageWeakRef
 
 CPU = torch.device('cpu')
 
@@ -31,6 +33,15 @@ def test_peak_memory() -> None:
         torch.zeros(1 << 18)
 
     assert peak_memory(run, CPU) == pytest.approx(12 << 20, rel=0.01)
+
+
+def test_bytes_kept_frees_the_maps() -> None:
+    network, maps = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 1)), []
+    for layer in network:
+        layer.register_forward_hook(lambda module, args, y: maps.append(StorageWeakRef(y.untyped_storage())))
+    assert bytes_kept(lambda: network(torch.randn(2, 3, 5, 7)).sum(), network) > 0
+    gc.collect()
+    assert len(maps) == 4 and all(storage.expired() for storage in maps)
 
 
 def test_bytes_kept() -> None:

@@ -36,6 +36,7 @@ def test_commit(state, tmp_path, monkeypatch) -> None:
     package = tmp_path / ('timm_atac' if state != 'installed elsewhere' else 'elsewhere/timm_atac') / '__init__.py'
     other = tmp_path / 'other.txt'
     other.write_text('')
+    monkeypatch.delenv('SOURCE_COMMIT', raising=False)
     monkeypatch.setenv('GIT_CEILING_DIRECTORIES', str(tmp_path.parent))
     if state != 'no repository':
         git('init')
@@ -50,6 +51,8 @@ def test_commit(state, tmp_path, monkeypatch) -> None:
         assert found == git('rev-parse', 'HEAD')[:12] + '-dirty' * (state == 'dirty')
     else:
         assert found == ''
+    monkeypatch.setenv('SOURCE_COMMIT', '0123456789abcdef')
+    assert provenance.commit.__wrapped__() == '0123456789ab'
 
 
 def test_data_hash() -> None:

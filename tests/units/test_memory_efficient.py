@@ -2,6 +2,7 @@
 
 import copy
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from torch.nn.utils import parametrize, prune
 from torch.utils.checkpoint import checkpoint
 
 from timm_atac import ATAC, ATACMe
+from timm_atac.units import batch_norm
 
 
 @pytest.mark.parametrize('training', [True, False])
@@ -50,6 +52,24 @@ def test_some_gradients(wanted) -> None:
         grads.append(torch.autograd.grad(y.square().sum(), inputs))
     for expected, found in zip(*grads, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_gradients_that_nobody_needs(monkeypatch) -> None:
+    """On CUDA, PyTorch's backward pass of a norm returns them anyway. A norm without weights must not."""
+    compute = torch.ops.aten.native_batch_norm_backward.default
+
+    def all_gradients(*args: Any) -> Any:
+        return compute(*args[:-1], [True, True, True])
+
+    fake = SimpleNamespace(native_batch_norm_backward=SimpleNamespace(default=all_gradients))
+    plain, me = pair(norm_layer=partial(nn.BatchNorm2d, affine=False))
+    x = torch.randn(SHAPE)
+    plain.train(), me.train()
+    expected = everything(plain, x, torch.ones_like(x), recomputed=False)
+    with monkeypatch.context() as context:
+        context.setattr(batch_norm, '_aten', fake)
+        found = everything(me, x, torch.ones_like(x), recomputed=True)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.slow

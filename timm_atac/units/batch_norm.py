@@ -123,7 +123,11 @@ class BatchNorm(NamedTuple):
         mean, invstd, var, _ = statistics
         empty = mean.new_empty(0)  # CUDA does not accept None here
         known = (mean, var, empty, empty) if invstd is None else (None, None, mean, invstd)
-        return _aten.native_batch_norm_backward.default(grad, h, weight, *known, self.use_batch_stats, self.eps, needed)
+        function = _aten.native_batch_norm_backward.default
+        grads = function(grad, h, weight, *known, self.use_batch_stats, self.eps, needed)
+        # for channels_last on CUDA, PyTorch 2.11 returns gradients of weight and bias also if they are not needed
+        grad_h, grad_weight, grad_bias = (g if wanted else None for g, wanted in zip(grads, needed, strict=True))
+        return grad_h, grad_weight, grad_bias
 
     def mean_gradients(self, sums: torch.Tensor, h: torch.Tensor, statistics: Statistics) -> torch.Tensor:
         """Turn sums over the positions of h into means over all values of the statistics, in every process.

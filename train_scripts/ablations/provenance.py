@@ -85,8 +85,10 @@ def commit() -> str:
     """Return the commit of this code in twelve digits.
 
     It is '' if git does not track this file, or if `timm_atac` is imported from outside this checkout. In a copy
-    without git, the environment variable SOURCE_COMMIT gives it.
+    of a checkout, the environment variable SOURCE_COMMIT gives it.
     """
+    if given := os.environ.get('SOURCE_COMMIT'):
+        return given[:12]
     package = Path(timm_atac.__file__).resolve().parent
     if package.parent != Path(__file__).resolve().parents[2]:
         return ''
@@ -95,7 +97,7 @@ def commit() -> str:
         changed = _git('status', '--porcelain', '--untracked-files=no', ':/')
         return _git('rev-parse', '--short=12', 'HEAD') + ('-dirty' if changed else '')
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get('SOURCE_COMMIT', '')[:12]
+        return ''
 
 
 def _git(*command: str) -> str:
