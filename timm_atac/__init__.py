@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .units.memory_efficient import ATACMe
     from .units.sine import Sine
     from .units.xunit import XUnit
+    from .weights.folder import save_for_hf
     from .weights.params import ParamsError, read_params, write_params
 
 __version__ = '0.1.0'
@@ -37,6 +38,7 @@ _HOMES = {
     'gate': 'gates.gate',
     'read_params': 'weights.params',
     'replace_activations': 'replace.activations',
+    'save_for_hf': 'weights.folder',
     'use_kernels': 'kernels.switch',
     'write_params': 'weights.params',
 }

@@ -23,7 +23,8 @@ from timm_atac.hub.export import export
 from timm_atac.hub.facts import CardError, CardFacts, check_facts, config_folder, read_facts
 from timm_atac.hub.profile import profile
 from timm_atac.hub.push import check_folder
-from timm_atac.weights.folder import read_config, save_folder
+from timm_atac.weights.folder import read_config, save_for_hf
+from timm_atac.weights.identity import tensor_hash
 from timm_atac.weights.published import PUBLISHED
 
 ROOT = Path(__file__).parents[2]
@@ -54,8 +55,12 @@ def test_all_published_tags_have_a_card() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize('tag', TAGS)
-def test_config_is_what_is_written(tag, tmp_path) -> None:
-    save_folder(timm.create_model(tag), tmp_path)
+def test_config_is_what_is_written(tag, tmp_path, monkeypatch) -> None:
+    """For the published weights: these are, for this test."""
+    model = timm.create_model(tag)
+    published = PUBLISHED[tag]._replace(tensors=tensor_hash(model.state_dict()))
+    monkeypatch.setitem(PUBLISHED, tag, published)
+    save_for_hf(model, tmp_path)
     assert (folder_of(tag) / 'config.json').read_text() == (tmp_path / 'config.json').read_text()
 
 
@@ -168,10 +173,10 @@ def test_code_runs(tag, tmp_path) -> None:
 def test_without_facts(tmp_path) -> None:
     """A card without facts has no empty sections."""
     kwargs: dict[str, Any] = dict(act_layer='atac', num_classes=3)
-    save_folder(timm.create_model('resnet18', **kwargs), tmp_path, kwargs)
+    save_for_hf(timm.create_model('resnet18', **kwargs), tmp_path, model_args=kwargs)
     config = read_config(tmp_path)
     card = render(config)
-    assert full_name(config) == 'resnet18.a1_in1k'
+    assert full_name(config) == 'resnet18'
     assert '- **License:** not stated\n' in card
     assert re.findall('^##+ (.*)', card, re.MULTILINE) == [
         'Model Details',
@@ -205,14 +210,14 @@ def test_facts_without_a_value(tmp_path) -> None:
     facts = read_facts(tmp_path / 'card.yaml')
     export(timm.create_model('atac_resnet8_cifar'), tmp_path / 'net', facts)
     written = yaml.safe_load((tmp_path / 'net' / 'card.yaml').read_text())
-    assert sorted(written) == ['datasets', 'picture_credit']
+    assert sorted(written) == ['datasets', 'picture_credit', 'weights']
     card = render(read_config(folder_of(TAGS[0])), facts)
     assert '- **Dataset:** mine\n' in card and '\ndatasets:' not in card
     check_text(card)
 
 
 def test_a_network_without_classes(tmp_path) -> None:
-    save_folder(timm.create_model('atac_resnet8_cifar', num_classes=0), tmp_path)
+    save_for_hf(timm.create_model('atac_resnet8_cifar', num_classes=0), tmp_path)
     card = render(read_config(tmp_path))
     assert 'pipeline_tag: image-feature-extraction' in card
     assert re.findall('^### (.*)', card, re.MULTILINE) == ['Feature Map Extraction', 'Image Embeddings']
@@ -221,7 +226,7 @@ def test_a_network_without_classes(tmp_path) -> None:
 
 def test_a_network_without_feature_maps(tmp_path) -> None:
     kwargs: dict[str, Any] = dict(act_layer='atac', depth=2)
-    save_folder(timm.create_model('vit_tiny_patch16_224', **kwargs), tmp_path, kwargs)
+    save_for_hf(timm.create_model('vit_tiny_patch16_224', **kwargs), tmp_path, model_args=kwargs)
     card = render(read_config(tmp_path))
     assert 'Feature Map' not in card
     assert '- **Architecture:** `vit_tiny_patch16_224` with `act_layer=atac`, `depth=2`\n' in card
@@ -238,7 +243,7 @@ def test_picture() -> None:
 @pytest.mark.parametrize(
     'text, message',
     [
-        ('licence: mit', 'unknown licence in facts, expected description, license, license_name'),
+        ('licence: mit', 'unknown licence in facts, expected description, weights, name, base_model, license'),
         ('[1, 2]', r'facts is \[1, 2\], expected a mapping'),
         ('a: [', 'is not YAML'),
         ('description: [x]', r"description is \['x'\], expected a text"),

@@ -148,7 +148,7 @@ def test_round_trip(hub, run, digits, tmp_path) -> None:
 @pytest.mark.slow
 def test_refusals(hub, run, folder) -> None:
     """A push that fails says why and what to do in one line, and the Hub does not change."""
-    right, name = 'hf_right', 'me/atac_resnet8_cifar.cifar10'
+    right, name = 'hf_right', 'me/atac_resnet8_cifar'
 
     def errors(*pushes: tuple[str, ...], **env: str) -> list[str]:
         """Of several pushes of the folder, by token and arguments."""
@@ -195,7 +195,7 @@ def test_refusals(hub, run, folder) -> None:
     other = {**config, 'architecture': 'resnet8_cifar', 'model_args': {'act_layer': 'atac', 'in_chans': 1}}
     (folder / 'config.json').write_text(json.dumps(other))
     taken, public = errors((right, '--repo', name), (right, '--repo', name, '--private'))
-    assert f'{name} holds atac_resnet8_cifar.cifar10, not resnet8_cifar.cifar10: give another --repo' in taken
+    assert f'{name} holds atac_resnet8_cifar, not resnet8_cifar: give another --repo' in taken
     assert 'exists and is public' in public
     assert len(hub.commits(name)) == 2
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import timm_atac
 from timm_atac.hub.export import export
-from timm_atac.weights.folder import FolderError, load_folder, read_config, save_folder
+from timm_atac.weights.folder import FolderError, load_folder, read_config, save_for_hf
 
 CASES: list[tuple[str, dict[str, Any]]] = [
     ('atac_resnet8_cifar', {}),
@@ -32,7 +32,7 @@ def test_round_trip(name, kwargs, tmp_path) -> None:
     """The network loaded by us and by timm gives the same logits to the bit."""
     torch.manual_seed(0)
     model: Any = timm.create_model(name, **kwargs).eval()
-    save_folder(model, tmp_path, kwargs)
+    save_for_hf(model, tmp_path, model_args=kwargs)
     assert sorted(os.listdir(tmp_path)) == ['config.json', 'model.safetensors']
     x = torch.randn(2, kwargs.get('in_chans', 3), 32, 32)
     with torch.inference_mode():
@@ -45,7 +45,7 @@ def test_weights_that_are_not_contiguous(tmp_path) -> None:
     """safetensors refuses such weights; they are written from a copy, and the model does not change."""
     model: Any = timm.create_model('atac_resnet8_cifar').to(memory_format=torch.channels_last)
     model.fc.weight.data = model.fc.weight.data.t().contiguous().t()
-    save_folder(model, tmp_path)
+    save_for_hf(model, tmp_path)
     assert model.conv1.weight.is_contiguous(memory_format=torch.channels_last)
     assert not model.fc.weight.is_contiguous()
     for name, tensor in load_folder(tmp_path).state_dict().items():
@@ -60,7 +60,7 @@ def test_transformers(name, kwargs, tmp_path) -> None:
     torch.manual_seed(0)
     model: Any = timm.create_model(name, **kwargs).eval()
     labels = [f'label {i}' for i in range(model.num_classes)]
-    save_folder(model, tmp_path, kwargs, {'label_names': labels})
+    save_for_hf(model, tmp_path, model_args=kwargs, model_config={'label_names': labels})
     x = torch.randn(2, kwargs.get('in_chans', 3), 32, 32)
     found = transformers.AutoModelForImageClassification.from_pretrained(tmp_path).eval()
     with torch.inference_mode():
@@ -74,19 +74,19 @@ def test_transformers(name, kwargs, tmp_path) -> None:
 
 
 def test_config_says_nothing_twice(tmp_path) -> None:
-    save_folder(timm.create_model('atac_resnet8_cifar', num_classes=7), tmp_path, dict(num_classes=7))
+    save_for_hf(timm.create_model('atac_resnet8_cifar', num_classes=7), tmp_path, model_args=dict(num_classes=7))
     config = json.loads((tmp_path / 'config.json').read_text())
     assert config['num_classes'] == config['pretrained_cfg']['num_classes'] == 7
     assert 'model_args' not in config
     assert config['pretrained_cfg']['custom_load'] is False
-    save_folder(timm.create_model('atac_resnet8_cifar', in_chans=1, rd_ratio=0.25), tmp_path)
+    save_for_hf(timm.create_model('atac_resnet8_cifar', in_chans=1, rd_ratio=0.25), tmp_path)
     config = json.loads((tmp_path / 'config.json').read_text())
     assert config['pretrained_cfg']['input_size'] == [1, 32, 32]
     assert len(config['pretrained_cfg']['mean']) == 1
 
 
 def test_a_replaced_host_claims_nothing_of_the_host(tmp_path) -> None:
-    save_folder(timm.create_model('atac_host', host='resnet18'), tmp_path)
+    save_for_hf(timm.create_model('atac_host', host='resnet18'), tmp_path)
     cfg = read_config(tmp_path)['pretrained_cfg']
     assert not {'tag', 'license', 'description', 'origin_url'} & set(cfg)
 
@@ -105,7 +105,7 @@ def test_what_others_wrote(tmp_path) -> None:
 @pytest.fixture
 def folder(tmp_path) -> Path:
     path = tmp_path / 'net'
-    save_folder(timm.create_model('atac_resnet8_cifar'), path)
+    save_for_hf(timm.create_model('atac_resnet8_cifar'), path)
     return path
 
 

@@ -6,8 +6,9 @@ exist or --image is given, and card.yaml. README.md is replaced: keep your own t
     timm-atac card OUT_DIR --facts card.yaml
     timm-atac card atac_resnet50.open_atac_in1k
 
-The facts are description, license, license_name, license_link, license_note, origin, datasets, papers, results,
-hyperparameters, comparison, citations, picture_credit; hub_configs/ in the package or its repository has an example.
+The facts are description, base_model, license, license_name, license_link, license_note, origin, datasets, papers,
+results, hyperparameters, comparison, citations, picture_credit; hub_configs/ in the package or its repository has an
+example. The command adds `weights`, a hash of the tensors that the facts describe, and refuses facts of other weights.
 """
 
 import argparse
@@ -31,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from ..hub.card import REPO, render
-    from ..hub.export import FACTS, PICTURE, write_card
+    from ..hub.export import ASKED, FACTS, PICTURE, write_card
     from ..hub.facts import config_folder, read_facts
     from ..weights.folder import read_config
 
@@ -39,6 +40,9 @@ def run(args: argparse.Namespace) -> None:
     if folder.is_dir():
         facts = read_facts(args.facts) if args.facts else None
         print(f'Wrote {folder}: {", ".join(write_card(folder, facts, open_image(args.image)))}')
+        known = read_facts(folder / FACTS)
+        if missing := [name for name in ASKED if name not in known]:
+            print(f'Not known of these weights: {", ".join(missing)}. Add them to {folder / FACTS} and run this again.')
         return
     tag_folder = config_folder(args.target)
     if tag_folder is None:

@@ -38,15 +38,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from huggingface_hub.constants import ENDPOINT
 
-    from ..hub.card import full_name
-    from ..hub.push import check_folder, check_token, push, resolve_repo
-    from ..weights.folder import read_config
+    from ..hub.push import check_folder, check_token, name_of, push, resolve_repo
 
     if args.model and args.model not in PUBLISHED:
         raise CliError(
             f'{args.model!r} has no published weights; {", ".join(PUBLISHED)} has. Convert other weights, then push.'
         )
-    repo = resolve_repo(args.repo, args.model or full_name(read_config(args.folder)))
+    repo = resolve_repo(args.repo, args.model or name_of(args.folder))
     if not args.dry_run:
         check_token()
     with tempfile.TemporaryDirectory() as temporary:

@@ -1,6 +1,7 @@
 """Renders a model card with timm's usual sections from facts and from what the code says about the network."""
 
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,11 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from timm.models import PretrainedCfg
 
 from ..weights.folder import create_from_config
-from .facts import CardFacts, check_facts
+from .facts import CardFacts, Paper, check_facts
 from .profile import profile
+from .units import ATTENTION_AS_ACTIVATION, Unit, units_of
 
-__all__ = ['REPO', 'full_name', 'render']
+__all__ = ['REPO', 'full_name', 'render', 'weights_of']
 
 REPO = 'OWNER/NAME'
 """The placeholder for the repository in a card that has not been pushed."""
@@ -27,11 +29,18 @@ def full_name(config: Mapping[str, Any]) -> str:
     return f'{config["architecture"]}.{tag}' if tag else config['architecture']
 
 
+def weights_of(card: str) -> str | None:
+    """Return the hash of the weights that a card describes, None if it does not say."""
+    found = re.search(r'^<!-- timm_atac: weights (\w+) -->$', card, re.MULTILINE)
+    return found[1] if found else None
+
+
 def render(
     config: Mapping[str, Any],
     facts: Mapping[str, Any] | None = None,
     picture: str | None = None,
     repo: str = REPO,
+    name: str | None = None,
 ) -> str:
     """Return a model card in Markdown with its YAML front matter.
 
@@ -40,25 +49,33 @@ def render(
         facts: As `timm_atac.hub.facts.read_facts` returns them. None means that there are none.
         picture: Path in the repository of the picture of the gates. None leaves the picture out.
         repo: Repository that the code in the card loads, OWNER/NAME.
+        name: Title. None means `full_name(config)`.
 
     Raises:
         CardError: Facts are unknown, incomplete or of the wrong type.
     """
     checked = check_facts(dict(facts or {}))
+    name = name or full_name(config)
     model = create_from_config(config, device='meta')
+    units = units_of(model)
+    is_ours = bool(units) or type(model).__module__.startswith('timm_atac.')
+    _add_defaults(checked, config['architecture'], units, is_ours)
     stats = profile(model)
     channels, *sides = stats.input_size
     cfg = {**PretrainedCfg().to_dict(), **config['pretrained_cfg']}
     height, width = (math.floor(side / cfg['crop_pct']) for side in sides)
     card = ModelCard.from_template(
-        _front_matter(full_name(config), checked, model.num_classes, channels),
+        _front_matter(
+            name, checked, model.num_classes, channels, [*['timm_atac'] * is_ours, *(unit.tag for unit in units)]
+        ),
         template_path=str(_TEMPLATE),
-        name=full_name(config),
+        name=name,
         facts=checked,
         license=_license(checked),  # from_template would pass the front matter's
         architecture=config['architecture'],
         arguments=config.get('model_args', {}),
         picture=picture,
+        package='timm_atac' if is_ours else 'timm',
         repo=repo,
         stats=stats,
         cfg=cfg,
@@ -73,7 +90,22 @@ def render(
     return str(card).rstrip() + '\n'
 
 
-def _front_matter(name: str, facts: CardFacts, num_classes: int, channels: int) -> ModelCardData:
+def _add_defaults(facts: CardFacts, architecture: str, units: list[Unit], is_ours: bool) -> None:
+    """Add the description, papers and citations that follow from the architecture and its units."""
+    labels = ' and '.join(unit.label for unit in units)
+    if not facts.description:
+        facts.description = (
+            f'A network of the architecture `{architecture}`{f" with {labels} units" if labels else ""}.'
+        )
+        if not (facts.results or facts.datasets or facts.hyperparameters):
+            facts.description += ' How it was trained is not recorded.'
+    # one paper describes several units; ours without units are the hosts of the paper's networks
+    cited = {unit.title: unit for unit in units or [ATTENTION_AS_ACTIVATION] * is_ours}
+    facts.papers = facts.papers or [Paper(unit.title, unit.url) for unit in cited.values()]
+    facts.citations = facts.citations or [unit.citation for unit in cited.values()]
+
+
+def _front_matter(name: str, facts: CardFacts, num_classes: int, channels: int, tags: list[str]) -> ModelCardData:
     results = [
         EvalResult(
             task_type='image-classification',
@@ -94,7 +126,8 @@ def _front_matter(name: str, facts: CardFacts, num_classes: int, channels: int) 
     return ModelCardData(
         library_name='timm',
         pipeline_tag=task,
-        tags=[task, 'timm', *(['transformers'] if channels == 3 else []), 'timm_atac', 'atac'],
+        tags=[task, 'timm', *(['transformers'] if channels == 3 else []), *tags],
+        base_model=facts.base_model or None,
         datasets=[dataset.id for dataset in facts.datasets if dataset.id] or None,
         model_name=name if results else None,
         eval_results=results or None,

@@ -12,10 +12,11 @@ from timm.models import get_arch_pretrained_cfgs
 from .._files import check_free
 from ..weights.convert import to_arrays, to_state_dict
 from ..weights.folder import load_folder
+from ..weights.identity import record_source
 from ..weights.params import read_params, write_params
 from ..weights.pretrained import check_published
 from ..weights.published import PUBLISHED
-from .export import export, shipped_facts
+from .export import export
 
 __all__ = ['create_model', 'folder_to_params', 'params_to_folder']
 
@@ -59,9 +60,15 @@ def params_to_folder(
     size = sum(array.nbytes for array in arrays.values())
     _logger.info('Read %s: %d arrays, %.1f MB', path, len(arrays), size / 1e6)
     model = create_model(architecture, **_cfg_args(name), **(model_args or {}))
-    model.load_state_dict(to_state_dict(arrays, model))
+    state_dict = to_state_dict(arrays, model)
+    model.load_state_dict(state_dict)
+    if name in PUBLISHED:
+        record_source(model, name, state_dict)
     _logger.info('Writing %s: weights, config, picture and card', folder)
-    facts = shipped_facts(name) or {'description': f'{architecture}, converted from the MXNet file {Path(path).name}.'}
+    facts = None  # those that are known of published weights
+    if name not in PUBLISHED:
+        facts = {'description': f'{architecture}, converted from the MXNet file {Path(path).name}.'}
+        facts |= {'name': name} if tag else {}
     export(model, folder, facts, image, model_args)
 
 

@@ -8,15 +8,25 @@ from typing import Any
 import yaml
 
 from .._files import new_folder, replaced_file
-from ..weights.folder import load_folder, read_config, save_folder
-from .card import full_name, render
-from .facts import config_folder, read_facts
+from ..weights.folder import CONFIG, dump_config, identify_folder, load_folder, mend_config, read_config, save_for_hf
+from ..weights.identity import Identity
+from ..weights.published import PUBLISHED
+from .card import render
+from .facts import CardError, config_folder, read_facts
 
-__all__ = ['CARD', 'FACTS', 'PICTURE', 'export', 'shipped_facts', 'write_card']
+__all__ = ['ASKED', 'CARD', 'FACTS', 'PICTURE', 'export', 'shipped_facts', 'write_card']
 
 CARD = 'README.md'
 FACTS = 'card.yaml'
 PICTURE = 'gates.png'
+# facts that only those who trained the weights know, with an example; `card.yaml` asks for those that are missing
+ASKED = {
+    'license': 'apache-2.0',
+    'datasets': '[{name: My data}]',
+    'results': '[{dataset: My data, id: my-data, split: test, metrics: {top-1 accuracy: 75.3}, '
+    'source: {name: my log, url: https://example.org}}]',
+    'hyperparameters': '{optimizer: SGD, epochs: 100}',
+}
 _SAMPLE_CREDIT = "the image is matplotlib's sample, a portrait of Grace Hopper by the U.S. Navy, in the public domain"
 
 _logger = logging.getLogger(__name__)
@@ -38,7 +48,8 @@ def export(
     Args:
         model: A network made by `timm.create_model`.
         folder: The new folder. After an error it does not exist.
-        facts: Facts of the card, as `timm_atac.hub.facts.read_facts` returns them. None means those in `hub_configs`.
+        facts: Facts of the card, as `timm_atac.hub.facts.read_facts` returns them. None means those that are known of
+            the weights, as for `write_card`.
         image: PIL image for the picture. None means matplotlib's sample.
         model_args: Arguments of `create_model` that the network was made with; since 1.0.31 timm keeps them itself.
         model_config: More entries of `config.json`, as for timm's `save_for_hf`.
@@ -48,7 +59,7 @@ def export(
         CardError: Facts are unknown, incomplete or of the wrong type.
     """
     with new_folder(Path(folder)) as new:
-        save_folder(model, new, model_args, model_config)
+        save_for_hf(model, new, model_config, model_args)
         write_card(new, facts, image, model)
 
 
@@ -58,37 +69,43 @@ def write_card(
     image: Any = None,
     model: Any = None,
 ) -> list[str]:
-    """Write `README.md` and `card.yaml` of a folder, and `gates.png` if it does not exist or `image` is given.
+    """Write `README.md` and `card.yaml` of a folder, and `gates.png` if it is not there or shows other weights.
 
-    A warning is logged if no picture can be drawn.
+    `config.json` is corrected if timm or transformers would fail to load it, or if it says what is true of other
+    weights only. A warning is logged if no picture can be drawn.
 
     Args:
         folder: Folder with `config.json` and `model.safetensors`.
-        facts: As `timm_atac.hub.facts.read_facts` returns them. None means those in the folder's `card.yaml`, or, if it
-            has none, in `hub_configs`.
+        facts: As `timm_atac.hub.facts.read_facts` returns them. None means those in the folder's `card.yaml`. If it has
+            none, they are those of `hub_configs` for published weights, and for other weights what is recorded.
         image: PIL image for the picture. None means matplotlib's sample.
-        model: The network in the folder. None loads it if it is needed.
+        model: The network in the folder. None loads it.
 
     Returns:
         Names of the files that were written.
 
     Raises:
-        CardError: Facts are unknown, incomplete or of the wrong type. The folder has not changed.
+        CardError: Facts are unknown, incomplete, of the wrong type, or of other weights. The folder has not changed.
         FolderError: The folder is incomplete or damaged.
     """
     folder = Path(folder)
-    config = read_config(folder)
+    identity = identify_folder(folder)
+    own = folder / FACTS
+    previous = read_facts(own) if own.exists() else {}
     if facts is None:
-        own = folder / FACTS
-        facts = read_facts(own) if own.exists() else shipped_facts(full_name(config))
-    facts = {name: value for name, value in facts.items() if value is not None}
-    render(config, facts)  # wrong facts raise here, before anything is written
+        facts = previous or known_facts(identity)
+    check_weights(facts, identity, own)
+    facts = {name: value for name, value in facts.items() if value is not None} | {'weights': identity.weights}
+    model = model or load_folder(folder)
+    old_config = read_config(folder)
+    config = mend_config(old_config, model)
+    name = facts.get('name') or identity.name
+    render(config, facts, name=name)  # wrong facts raise here, before anything is written
     written = [CARD, FACTS]
     picture = folder / PICTURE
-    if image is not None or not picture.exists():
+    if image is not None or not picture.exists() or previous.get('weights', identity.weights) != identity.weights:
         if facts.get('picture_credit') == _SAMPLE_CREDIT:
             del facts['picture_credit']
-        model = model or load_folder(folder)
         try:
             _draw(model, picture, image)
         except ImportError:
@@ -99,11 +116,62 @@ def write_card(
             written.append(PICTURE)
             if image is None:
                 facts['picture_credit'] = _SAMPLE_CREDIT
-    with replaced_file(folder / FACTS) as file:
-        file.write(yaml.safe_dump(facts, sort_keys=False, allow_unicode=True).encode())
-    with replaced_file(folder / CARD) as file:
-        file.write(render(config, facts, PICTURE if picture.exists() else None).encode())
+    if config != old_config:
+        written.append(CONFIG)
+        _write(folder / CONFIG, dump_config(config))
+    _write(folder / FACTS, yaml.safe_dump(facts, sort_keys=False, allow_unicode=True) + _questions(facts))
+    shown = PICTURE if picture.exists() else None
+    _write(folder / CARD, render(config, facts, shown, name=name))
     return written
+
+
+def check_weights(facts: Mapping[str, Any], identity: Identity, path: str | Path) -> None:
+    """Check that facts describe the weights of a folder, or do not say which weights they describe.
+
+    Args:
+        facts: As `timm_atac.hub.facts.read_facts` returns them.
+        identity: What is known of the weights.
+        path: File of the facts, for the message.
+
+    Raises:
+        CardError: They describe other weights.
+    """
+    if facts.get('weights') not in (None, identity.weights):
+        raise CardError(
+            f'{path} describes other weights (their hash is {facts["weights"][:12]}, that of the folder '
+            f'{identity.weights[:12]}). Correct its facts and remove the line `weights`, or remove the file.'
+        )
+    if (name := facts.get('name')) in PUBLISHED and name != identity.published:
+        raise CardError(f'{path}: the name {name!r} belongs to published weights, which these are not. Give another.')
+
+
+def known_facts(identity: Identity) -> dict[str, Any]:
+    """Return what is known of weights: the facts of `hub_configs` if they are published, else where they come from."""
+    if identity.published:
+        return shipped_facts(identity.published)
+    if identity.base is None:
+        return {}
+    base = PUBLISHED[identity.base]
+    terms = shipped_facts(identity.base).get('license_note')
+    description = (
+        f'Fine-tuned from the weights `{identity.base}`, {base.trained or f"which are at {base.url}"}. How they were '
+        f'changed is not recorded.'
+    )
+    note = {'license_note': f'Of the weights that it was fine-tuned from: {terms}'} if terms else {}
+    return {'description': description, **note}
+
+
+def _questions(facts: Mapping[str, Any]) -> str:
+    """Return comments for `card.yaml` that ask for the facts that are missing, '' if none is."""
+    missing = [f'# {name}: {example}\n' for name, example in ASKED.items() if name not in facts]
+    if not missing:
+        return ''
+    return f'\n# Add what you know of these weights, and run `timm-atac card` again:\n{"".join(missing)}'
+
+
+def _write(path: Path, text: str) -> None:
+    with replaced_file(path) as file:
+        file.write(text.encode())
 
 
 def shipped_facts(name: str) -> dict[str, Any]:

@@ -8,13 +8,6 @@ import yaml
 
 __all__ = ['CardError', 'CardFacts', 'check_facts', 'config_folder', 'read_facts']
 
-_CITATION = """\
-@inproceedings{dai2020attention,
-  title     = {Attention as Activation},
-  author    = {Dai, Yimian and Oehmcke, Stefan and Gieseke, Fabian and Wu, Yiquan and Barnard, Kobus},
-  booktitle = {International Conference on Pattern Recognition (ICPR)},
-  year      = {2020}
-}"""
 _EXPECTED = {str: 'a text', float: 'a number', list: 'a list', dict: 'a mapping'}
 
 
@@ -79,9 +72,14 @@ class Comparison:
 
 @dataclass
 class CardFacts:
-    """All facts of a card, with the values that hold where a file does not give them.
+    """All facts of a card. A card without description, papers or citations gets those of the network's units.
 
     Attributes:
+        weights: Hash of the tensors that the facts describe. `timm-atac card` writes it, and refuses facts that
+            describe other weights.
+        name: Title of the card, and of its repository if no other is given. None means the architecture, with the tag
+            of the config unless the tag stands for other weights.
+        base_model: Repository on the Hub of the weights that these were fine-tuned from, OWNER/NAME.
         license: An id of the Hub, such as 'apache-2.0', or 'other' together with `license_name` and `license_link`.
         license_note: A sentence after the licence.
         origin: Address of the project that the weights come from.
@@ -90,20 +88,21 @@ class CardFacts:
         picture_credit: Where the image in the picture of the gates comes from.
     """
 
-    description: str = 'A network with attentional activations (ATAC).'
+    description: str | None = None
+    weights: str | None = None
+    name: str | None = None
+    base_model: str | None = None
     license: str | None = None
     license_name: str | None = None
     license_link: str | None = None
     license_note: str | None = None
     origin: str | None = None
     datasets: list[Dataset] = field(default_factory=list)
-    papers: list[Paper] = field(
-        default_factory=lambda: [Paper('Attention as Activation', 'https://arxiv.org/abs/2007.07729')]
-    )
+    papers: list[Paper] = field(default_factory=list)
     results: list[Result] = field(default_factory=list)
     hyperparameters: dict[str, Any] = field(default_factory=dict)
     comparison: Comparison | None = None
-    citations: list[str] = field(default_factory=lambda: [_CITATION])
+    citations: list[str] = field(default_factory=list)
     picture_credit: str | None = None
 
 

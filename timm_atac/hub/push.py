@@ -1,5 +1,6 @@
 """Pushes the folder of a network to the Hugging Face Hub in one commit, or changes nothing."""
 
+import json
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -20,12 +21,22 @@ from huggingface_hub.utils import validate_repo_id
 
 from .. import __version__
 from ..units.deferred import ChannelModule
-from ..weights.folder import CONFIG, WEIGHTS, FolderError, load_folder, read_config
-from ..weights.published import HUB_ORG
-from .card import REPO, full_name
-from .export import CARD, PICTURE
+from ..weights.folder import (
+    CONFIG,
+    WEIGHTS,
+    FolderError,
+    dump_config,
+    identify_folder,
+    load_folder,
+    mend_config,
+    read_config,
+)
+from ..weights.published import HUB_ORG, PUBLISHED
+from .card import REPO, full_name, weights_of
+from .export import CARD, FACTS, PICTURE, check_weights
+from .facts import CardError, read_facts
 
-__all__ = ['CheckedFolder', 'HubError', 'check_folder', 'check_token', 'push', 'resolve_repo']
+__all__ = ['CheckedFolder', 'HubError', 'check_folder', 'check_token', 'name_of', 'push', 'resolve_repo']
 
 _CREATED_BY_HUB = {'.gitattributes'}  # files of a new repository
 _BY_STATUS = {
@@ -47,8 +58,9 @@ class CheckedFolder(NamedTuple):
 
     Attributes:
         path: The folder.
-        name: ARCH.TAG.
+        name: ARCH.TAG, or ARCH if the weights are not those of a tag.
         repo: The repository that it is pushed to, OWNER/NAME.
+        config: Content of `config.json` as it is pushed: with what `mend_config` corrects.
         files: Name -> size in bytes of each file that is pushed. Other files of the folder are not.
         license: The licence in the card, None if it states none.
         license_note: A sentence that says that no licence is stated, None if one is.
@@ -57,13 +69,16 @@ class CheckedFolder(NamedTuple):
     path: Path
     name: str
     repo: str
+    config: str
     files: dict[str, int]
     license: str | None
     license_note: str | None
 
 
 def check_folder(folder: str | Path, repo: str | None = None) -> CheckedFolder:
-    """Check that a folder can be pushed: its network loads and is ours or has our units, and its card is well-formed.
+    """Check that a folder can be pushed.
+
+    Its network loads and is ours or has our units, and its card is well-formed and describes these weights.
 
     Args:
         folder: Folder that `timm-atac convert` or `timm_atac.hub.export.export` has written.
@@ -75,7 +90,8 @@ def check_folder(folder: str | Path, repo: str | None = None) -> CheckedFolder:
     """
     folder = Path(folder)
     model = load_folder(folder)
-    config = read_config(folder)
+    config = mend_config(read_config(folder), model)
+    name = name_of(folder)
     ours = type(model).__module__.startswith('timm_atac.')
     if not ours and not any(isinstance(module, ChannelModule) for module in model.modules()):
         raise FolderError(
@@ -92,8 +108,8 @@ def check_folder(folder: str | Path, repo: str | None = None) -> CheckedFolder:
         raise FolderError(f'{folder / CARD} has no front matter; write it again with `timm-atac card {folder}`.')
     if f']({PICTURE})' in card.content and not (folder / PICTURE).is_file():
         raise FolderError(f'{folder / CARD} shows {PICTURE}, which is missing; draw it with `timm-atac card {folder}`.')
+    _check_weights_of(card, folder)
     files = {name: folder / name for name in (CARD, CONFIG, WEIGHTS, PICTURE) if (folder / name).is_file()}
-    name = full_name(config)
     license = card.data.get('license_name') or card.data.get('license')
     license_note = None
     if license in (None, 'none-stated', 'unknown'):
@@ -101,7 +117,35 @@ def check_folder(folder: str | Path, repo: str | None = None) -> CheckedFolder:
         license = None
         license_note = f'{f"The weights come from {origin}, which" if origin else "The card"} states no licence.'
     sizes = {file: path.stat().st_size for file, path in files.items()}
-    return CheckedFolder(folder, name, resolve_repo(repo, name), sizes, license, license_note)
+    return CheckedFolder(folder, name, resolve_repo(repo, name), dump_config(config), sizes, license, license_note)
+
+
+def name_of(folder: str | Path) -> str:
+    """Return the name of the network in a folder: that of its facts, else what is known of its weights.
+
+    Raises:
+        FolderError: The folder is incomplete or damaged, or the facts describe other weights.
+    """
+    identity = identify_folder(folder)
+    path = Path(folder) / FACTS
+    try:
+        facts = read_facts(path) if path.is_file() else {}
+        check_weights(facts, identity, path)
+    except CardError as error:
+        raise FolderError(str(error)) from None
+    return facts.get('name') or identity.name
+
+
+def _check_weights_of(card: ModelCard, folder: Path) -> None:
+    """Check that a card describes the weights of its folder, or does not say which weights it describes."""
+    identity = identify_folder(folder)
+    described, claimed = weights_of(card.content), card.data.get('model_name')
+    if described not in (None, identity.weights) or (claimed in PUBLISHED and claimed != identity.published):
+        whose = f', those of {claimed}' if claimed in PUBLISHED else ''
+        raise FolderError(
+            f'{folder / CARD} describes other weights than {WEIGHTS}{whose}: write it again with `timm-atac card '
+            f'{folder}`.'
+        )
 
 
 def resolve_repo(repo: str | None, name: str) -> str:
@@ -179,8 +223,11 @@ def push(folder: CheckedFolder, private: bool = False) -> bool:
 def _operations(folder: CheckedFolder, existing: set[str]) -> Iterator[CommitOperationAdd | CommitOperationDelete]:
     for name in folder.files:
         path = folder.path / name
-        is_card = name == CARD
-        content = path.read_text(encoding='utf-8').replace(REPO, folder.repo).encode() if is_card else str(path)
+        content: str | bytes = str(path)
+        if name == CARD:
+            content = path.read_text(encoding='utf-8').replace(REPO, folder.repo).encode()
+        elif name == CONFIG:
+            content = folder.config.encode()
         yield CommitOperationAdd(name, content)
     if PICTURE in existing and PICTURE not in folder.files:
         yield CommitOperationDelete(PICTURE)
@@ -189,13 +236,13 @@ def _operations(folder: CheckedFolder, existing: set[str]) -> Iterator[CommitOpe
 def _check_content(folder: CheckedFolder, existing: set[str]) -> None:
     """Check that the repository is empty or holds a version of the network."""
     repo = folder.repo
-    found = None
+    found, mine = None, full_name(json.loads(folder.config))
     if CONFIG in existing:
         with tempfile.TemporaryDirectory() as cache, suppress(FolderError):
             found = full_name(read_config(Path(hf_hub_download(repo, CONFIG, cache_dir=cache)).parent))
-    if existing - _CREATED_BY_HUB and found != folder.name:
+    if existing - _CREATED_BY_HUB and found != mine:
         raise HubError(
-            f'{repo} holds {found or "something else"}, not {folder.name}: '
+            f'{repo} holds {found or "something else"}, not {mine}: '
             f'give another --repo, or delete the repository first.'
         )
 

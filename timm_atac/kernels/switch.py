@@ -1,8 +1,8 @@
 """The switch for the Triton kernels. They run if they can, and if they are enabled or were measured to be faster.
 
-They run only if enabled: by `use_kernels(True)`, by `TIMM_ATAC_KERNELS=1`, or for one model by `fuse(model, kernel=True)`.
-On an H200, units of 64 and 128 channels were faster than all other forms, and no network was faster by more than the
-spread of its times (`benchmarks/log.md`). Importing this module does not import Triton.
+They run only if enabled: by `use_kernels(True)`, by `TIMM_ATAC_KERNELS=1`, or for one model by
+`fuse(model, kernel=True)`. On an H200, units of 64 and 128 channels were faster than all other forms, and no network
+was faster by more than the spread of its times (`benchmarks/log.md`). Importing this module does not import Triton.
 """
 
 import os

@@ -9,11 +9,24 @@ from typing import Any
 import safetensors
 import safetensors.torch
 import timm
-from timm.models import is_model, save_for_hf
+import torch
+from timm.models import is_model
 
 from .. import _timm
+from .identity import Identity, identify, remove_claims, tensor_hash
 
-__all__ = ['CONFIG', 'RESERVED', 'WEIGHTS', 'FolderError', 'load_folder', 'read_config', 'save_folder']
+__all__ = [
+    'CONFIG',
+    'RESERVED',
+    'WEIGHTS',
+    'FolderError',
+    'dump_config',
+    'identify_folder',
+    'load_folder',
+    'mend_config',
+    'read_config',
+    'save_for_hf',
+]
 
 CONFIG = 'config.json'
 WEIGHTS = 'model.safetensors'
@@ -27,40 +40,40 @@ class FolderError(ValueError):
     """The folder does not hold a complete network of timm; the message names the file and says what is wrong."""
 
 
-def save_folder(
+def save_for_hf(
     model: Any,
-    folder: str | Path,
-    model_args: Mapping[str, Any] | None = None,
+    save_directory: str | Path,
     model_config: Mapping[str, Any] | None = None,
+    model_args: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write a folder that `timm.create_model('local-dir:FOLDER', pretrained=True)` and transformers load.
+    """Write `config.json` and `model.safetensors` in a folder that timm and transformers load.
 
-    timm's `save_for_hf` writes it. Then `model_args` in `config.json` is reduced to the arguments that were given,
-    without `num_classes`, which transformers refuses there.
+    timm loads it by `timm.create_model('local-dir:FOLDER', pretrained=True)`, transformers by
+    `pipeline('image-classification', model='FOLDER')`. timm's `save_for_hf` writes the files. Then `config.json` is
+    corrected as `mend_config` says, and its `model_args` is reduced to the arguments that were given.
 
     Args:
-        model: A network made by `timm.create_model`.
-        folder: The folder. It is created if it does not exist.
-        model_args: Arguments of `create_model` that the network was made with; since 1.0.31 timm keeps them itself.
+        model: A network made by `timm.create_model`, with any memory format of its weights.
+        save_directory: The folder. It is created if it does not exist.
         model_config: More entries of `config.json`: `label_names`, or a `pretrained_cfg` that overrides the network's.
+        model_args: Arguments of `create_model` that the network was made with. Since 1.0.31 timm keeps them itself.
     """
-    save_for_hf(
+    timm.models.save_for_hf(
         _contiguous(model),
-        str(folder),
+        str(save_directory),
         model_config=dict(model_config or {}),
         model_args=dict(model_args) if model_args else None,
         safe_serialization=True,
     )
-    path = Path(folder) / CONFIG
+    path = Path(save_directory) / CONFIG
     config = json.loads(path.read_text())
     # timm also writes arguments that were not given; of the given ones take what timm wrote (tuples are lists)
     written = config.pop('model_args', {})
     given = {name: written[name] for name in (*_timm.model_args(model), *(model_args or {})) if name in written}
-    given.pop('num_classes', None)
     if given:
         config['model_args'] = given
-    _correct_pretrained_cfg(model, config)
-    path.write_text(json.dumps(config, indent=2) + '\n')
+    config = mend_config(config, model)
+    path.write_text(dump_config(config))
 
 
 def _contiguous(model: Any) -> Any:
@@ -72,20 +85,38 @@ def _contiguous(model: Any) -> Any:
     return model
 
 
-def _correct_pretrained_cfg(model: Any, config: dict[str, Any]) -> None:
-    """Make `pretrained_cfg` describe the weights in the folder; before 1.0.31 timm writes the source's."""
+def mend_config(config: Mapping[str, Any], model: Any) -> dict[str, Any]:
+    """Return a `config.json` that timm and transformers load, and that describes the weights of the model.
+
+    - `model_args` has no `num_classes`: transformers 5 ends with a KeyError there.
+    - `pretrained_cfg` has the classes and channels of the model; timm before 1.0.31 writes those of the source.
+    - What timm's registry says of other weights is left out, see `timm_atac.weights.identity`.
+
+    Args:
+        config: The file as timm's `save_for_hf` writes it.
+        model: The network with its weights.
+    """
+    config = {**config, 'num_classes': model.num_classes}
+    args = {name: value for name, value in config.pop('model_args', {}).items() if name != 'num_classes'}
+    if args:
+        config['model_args'] = args
+    config = remove_claims(config, identify(config, tensor_hash(model.state_dict())))
     cfg = config['pretrained_cfg']
     cfg['custom_load'] = False
-    cfg['num_classes'] = config['num_classes'] = model.num_classes
-    channels = cfg['input_size'][0] = _timm.input_size(model)[0]
+    cfg['num_classes'] = model.num_classes
+    channels, *sides = _timm.input_size(model)
+    cfg['input_size'] = [channels, *cfg.get('input_size', (0, *sides))[1:]]
     if channels not in (1, 3):
         cfg['first_conv'] = None  # or timm before 1.0.31 would load this layer with random numbers
     for key in ('mean', 'std'):
-        if len(cfg[key]) != channels:
+        if key in cfg and len(cfg[key]) != channels:
             cfg[key] = [sum(cfg[key]) / len(cfg[key])] * channels
-    if config['architecture'] == 'atac_host':  # these fields are the host's and not true of this network
-        for key in ('tag', 'license', 'description', 'origin_url', 'paper_ids', 'paper_name', 'notes'):
-            cfg.pop(key, None)
+    return config
+
+
+def dump_config(config: Mapping[str, Any]) -> str:
+    """Return the text of a `config.json`."""
+    return json.dumps(config, indent=2) + '\n'
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
@@ -141,6 +172,15 @@ def create_from_config(config: Mapping[str, Any], **kwargs: Any) -> Any:
     return timm.create_model(config['architecture'], pretrained_cfg=cfg, **config.get('model_args', {}), **kwargs)
 
 
+def identify_folder(folder: str | Path) -> Identity:
+    """Return what is known of the weights in a folder.
+
+    Raises:
+        FolderError: A file is missing or damaged.
+    """
+    return identify(read_config(folder), tensor_hash(_read_weights(folder)))
+
+
 def load_folder(folder: str | Path) -> Any:
     """Load the network of a folder with its weights, in inference mode.
 
@@ -148,19 +188,23 @@ def load_folder(folder: str | Path) -> Any:
         FolderError: A file is missing or damaged, or a tensor is missing or does not fit.
     """
     config = read_config(folder)
-    path = Path(folder) / WEIGHTS
     try:
         model = create_from_config(config)
     except Exception as error:
         raise FolderError(f'{Path(folder) / CONFIG} describes a model that cannot be created: {error}') from error
+    state_dict = _read_weights(folder)
     try:
-        state_dict = safetensors.torch.load_file(path)
+        model.load_state_dict(state_dict)
+    except RuntimeError as error:
+        raise FolderError(f'{Path(folder) / WEIGHTS} does not fit {CONFIG}: {error}') from error
+    return model.eval()
+
+
+def _read_weights(folder: str | Path) -> dict[str, torch.Tensor]:
+    path = Path(folder) / WEIGHTS
+    try:
+        return safetensors.torch.load_file(path)
     except FileNotFoundError:
         raise FolderError(f'{folder} has no {WEIGHTS}.') from None
     except (safetensors.SafetensorError, OSError, ValueError) as error:
         raise FolderError(f'{path} is damaged: {error}. Write it again, or download it again.') from error
-    try:
-        model.load_state_dict(state_dict)
-    except RuntimeError as error:
-        raise FolderError(f'{path} does not fit {CONFIG}: {error}') from error
-    return model.eval()

@@ -19,10 +19,16 @@ class Published(NamedTuple):
     Attributes:
         url: Its address.
         git_blob: Its git blob id, see `timm_atac.weights.pretrained.git_blob_id`.
+        trained: Who trained the weights on what, as the end of a sentence.
+        tensors: Hash of the tensors, see `timm_atac.weights.identity.tensor_hash`. `card.yaml` in the folder of
+            `timm-atac convert` has it as `weights`. None as long as nobody has converted the file and filled it in:
+            then weights are only known to be the published ones if they were loaded from the file.
     """
 
     url: str
     git_blob: str
+    trained: str = ''
+    tensors: str | None = None
 
 
 _OPEN_ATAC = 'https://github.com/YimianDai/open-atac'
@@ -31,6 +37,7 @@ PUBLISHED = {
     'atac_resnet50.open_atac_in1k': Published(
         url=f'{_OPEN_ATAC}/raw/master/params/0.2141-imagenet-ResNet50_v1b_ChaATAC-155-best.params',
         git_blob='68dc6dabee84f1f42746d06553aba6bfa04615d3',
+        trained="trained on ImageNet-1k by the paper's authors",
     ),
 }
 
