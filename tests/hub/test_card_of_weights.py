@@ -177,26 +177,30 @@ def test_a_name_of_ones_own(tmp_path) -> None:
     assert not (tmp_path / 'other').exists()
 
 
-def test_units_give_tags_and_papers(tmp_path) -> None:
-    for name, kwargs, tags, papers in (
-        ('atac_resnet8_cifar', {}, ['atac'], ['2007.07729']),
-        ('resnet8_cifar', {}, [], ['2007.07729']),
-        ('resnet8_cifar', {'act_layer': 'xunit'}, ['xunit'], ['1711.06445']),
-        ('resnet8_cifar', {'act_layer': 'nin', 'attn_layer': 'local_se'}, ['nin', 'local_se'], ['2007.07729']),
-    ):
-        model: Any = timm.create_model(name, **kwargs)
-        timm.models.save_for_hf(model, str(tmp_path), safe_serialization=True, model_args=kwargs)
-        card = ModelCard(render(read_config(tmp_path)))
-        assert card.data.tags[3:] == ['timm_atac', *tags]
-        assert [paper for paper in ('2007.07729', '1711.06445') if paper in card.text] == papers
-        assert card.text.count('@inproceedings') == len(papers)
+UNITS: list[tuple[str, dict[str, Any], list[str], list[str]]] = [
+    ('atac_resnet8_cifar', {}, ['atac'], ['2007.07729']),
+    ('resnet8_cifar', {}, [], ['2007.07729']),
+    ('resnet8_cifar', {'act_layer': 'xunit'}, ['xunit'], ['1711.06445']),
+    ('resnet8_cifar', {'act_layer': 'nin', 'attn_layer': 'local_se'}, ['nin', 'local_se'], ['2007.07729']),
+]
+
+
+@pytest.mark.parametrize('name, kwargs, tags, papers', UNITS)
+def test_units_give_tags_and_papers(name, kwargs, tags, papers, tmp_path) -> None:
+    timm.models.save_for_hf(
+        timm.create_model(name, **kwargs), str(tmp_path), safe_serialization=True, model_args=kwargs
+    )
+    card: Any = ModelCard(render(read_config(tmp_path)))
+    assert card.data.tags[3:] == ['timm_atac', *tags]
+    assert [paper for paper in ('2007.07729', '1711.06445') if paper in card.text] == papers
+    assert card.text.count('@inproceedings') == len(papers)
 
 
 def test_a_network_of_timm_alone(tmp_path) -> None:
     """Its card does not claim that it needs this package."""
     model: Any = timm.create_model('resnet10t', num_classes=3)
     timm.models.save_for_hf(model, str(tmp_path), safe_serialization=True)
-    card = ModelCard(render(read_config(tmp_path)))
+    card: Any = ModelCard(render(read_config(tmp_path)))
     assert 'timm_atac' not in card.data.tags and 'timm_atac' not in card.text and 'Attention as' not in card.text
 
 
