@@ -30,6 +30,7 @@ def register() -> None:
     from . import _timm
     from .units.atac import ACTIVATIONS as activations
     from .units.memory_efficient import ACTIVATIONS_ME as activations_me
+    from .weights import checkpoints
 
     gains = {'atac': GATED, 'se_act': GATED, 'nin': 1.0, 'xunit': GAUSSIAN}  # NiN ends with a BN
     modules = [import_module(f'{__package__}.models.{name}') for name in MODULES]
@@ -48,6 +49,7 @@ def register() -> None:
             register_model(entry_function)
     for name, layer in activations.items():
         _timm.add_act(name, layer, activations_me.get(name), gains[name])
+    _timm.add_checkpoint_format(checkpoints.reads_checkpoint, checkpoints.load_checkpoint)
 
 
 def _release(version: str) -> tuple[int, ...]:

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable
+from functools import wraps
 from inspect import signature
 from typing import Any, NoReturn, cast
 
@@ -16,6 +17,8 @@ _ACT_LAYERS = cast(dict[str, type[nn.Module]], create_act._ACT_LAYER_DEFAULT)
 _ACT_LAYERS_ME = cast(dict[str, type[nn.Module]], create_act._ACT_LAYER_ME)  # timm prefers these, except for export
 _ACT_FNS = cast(dict[str, Callable], create_act._ACT_FN_DEFAULT)
 _GAINS = cast(dict[str, float], nfnet._nonlin_gamma)
+_CHECKPOINT_MODULES = ('timm.models._helpers', 'timm.models._factory', 'timm.models')
+_WRAPPED_BY_US = '_timm_atac'
 
 
 def acts(name: str) -> set[type[nn.Module]]:
@@ -45,6 +48,40 @@ def add_act(name: str, layer: type[nn.Module], layer_me: type[nn.Module] | None,
         _ACT_LAYERS_ME[name] = layer_me
     _ACT_FNS[name] = refuse  # `get_act_fn` returns it, for an NFNet with `gamma_in_act`
     _GAINS[name] = gain
+
+
+def add_checkpoint_format(reads: Callable[[Any, Any], bool], load: Callable[[Any, Any], None]) -> None:
+    """Let timm's `load_checkpoint` and `resume_checkpoint` load files of another format.
+
+    timm gives a foreign format to the model if the file's name ends with .npz or .npy, and has no table for others. So
+    the two functions are wrapped. They treat all other models and files as before. A second call changes nothing.
+
+    Args:
+        reads: True for a model and a path that `load` takes.
+        load: Loads the file into the model.
+    """
+    modules = [vars(sys.modules[name]) for name in _CHECKPOINT_MODULES if name in sys.modules]
+    for name in ('load_checkpoint', 'resume_checkpoint'):
+        original = next((names[name] for names in modules if callable(names.get(name))), None)
+        if original is not None and not hasattr(original, _WRAPPED_BY_US):
+            wrapper = _checkpoint_wrapper(original, reads, load)
+            for names in modules:
+                if names.get(name) is original:
+                    names[name] = wrapper
+
+
+def _checkpoint_wrapper(
+    original: Callable[..., Any], reads: Callable[[Any, Any], bool], load: Callable[[Any, Any], None]
+) -> Callable[..., Any]:
+    @wraps(original)
+    def wrapper(model: Any, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
+        if not reads(model, checkpoint_path):
+            return original(model, checkpoint_path, *args, **kwargs)
+        load(model, checkpoint_path)
+        return None  # as timm does for a foreign format, and for a file without the state of a training
+
+    setattr(wrapper, _WRAPPED_BY_US, True)
+    return wrapper
 
 
 def record(model: Any, architecture: str, **args) -> dict[str, Any]:

@@ -1,20 +1,19 @@
 """`pretrained=True` with timm's own download from 127.0.0.1, of a file like the published one."""
 
+import copy
 import hashlib
 import subprocess
 from collections.abc import Iterator
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import numpy as np
 import pytest
 import timm
 import torch
+from file_server import serve
 
-from timm_atac import ParamsError, write_params
+from timm_atac import ParamsError, read_params, write_params
 from timm_atac.weights import pretrained
 from timm_atac.weights.convert import ConversionError, to_arrays
 from timm_atac.weights.pretrained import git_blob_id
@@ -23,19 +22,12 @@ from timm_atac.weights.published import PUBLISHED, Published
 NAME = 'atac_resnet50.open_atac_in1k'
 
 
-class Handler(SimpleHTTPRequestHandler):
-    def log_message(self, format: str, *args: Any) -> None:
-        pass
-
-
 @pytest.fixture(scope='module')
 def site(tmp_path_factory) -> Iterator[tuple[Path, str]]:
     """A folder and the address that serves it."""
     folder = tmp_path_factory.mktemp('site')
-    with ThreadingHTTPServer(('127.0.0.1', 0), partial(Handler, directory=folder)) as server:
-        Thread(target=server.serve_forever, daemon=True).start()
-        yield folder, f'http://127.0.0.1:{server.server_address[1]}'
-        server.shutdown()
+    with serve(folder) as address:
+        yield folder, address
 
 
 @pytest.fixture(scope='module')
@@ -105,12 +97,12 @@ def test_another_file_is_refused(overlay, monkeypatch, site) -> None:
     monkeypatch.undo()
     expected = PUBLISHED[NAME].git_blob
     with pytest.raises(ValueError, match=f'{found}, expected {expected}.*delete it and try again.*timm-atac convert'):
-        create(dict(file=str(site[0] / 'net.params'), custom_load=True))
+        create(dict(file=str(site[0] / 'net.params')))
 
 
 @pytest.mark.slow
 def test_a_tag_of_ones_own(source, site) -> None:
-    model = create(dict(file=str(site[0] / 'net.params'), custom_load=True, tag='mine'))
+    model = create(dict(file=str(site[0] / 'net.params'), tag='mine'))
     assert torch.equal(model.fc.weight, source.fc.weight)
 
 
@@ -154,12 +146,51 @@ def test_formats_of_timm_for_a_published_tag(source, tmp_path) -> None:
     assert torch.equal(model.fc.weight, source.fc.weight)
 
 
-def test_cifar() -> None:
-    path = Path(__file__).parents[1] / 'data' / 'cifar_b1_atac.params'
-    overlay = dict(file=str(path), custom_load=True)
-    model: Any = timm.create_model('atac_resnet8_cifar', pretrained=True, pretrained_cfg_overlay=overlay)
-    grey: Any = timm.create_model('atac_resnet8_cifar', pretrained=True, pretrained_cfg_overlay=overlay, in_chans=1)
+PARAMS = str(Path(__file__).parents[1] / 'data' / 'cifar_b1_atac.params')
+CIFAR10: dict[str, Any] = dict(num_classes=10, input_size=(3, 32, 32), first_conv='conv1', classifier='fc')
+
+
+@pytest.mark.parametrize(
+    'source',
+    [
+        dict(pretrained_cfg_overlay=dict(file=PARAMS, custom_load=True)),
+        dict(pretrained_cfg_overlay=dict(file=PARAMS)),
+        dict(pretrained_cfg_overlay=dict(file=Path(PARAMS))),
+        dict(pretrained_cfg=dict(file=PARAMS, **CIFAR10)),
+        dict(pretrained_cfg=timm.models.PretrainedCfg(file=PARAMS, **CIFAR10)),
+        dict(pretrained_cfg=dict(file=PARAMS, custom_load=False, **CIFAR10)),  # as timm's scripts complete a cfg
+    ],
+    ids=['custom_load', 'overlay', 'path', 'cfg', 'PretrainedCfg', 'complete cfg'],
+)
+def test_cifar(source) -> None:
+    """The format of the file says that the network loads it; `custom_load` is not needed."""
+    given = copy.deepcopy(source)
+    model: Any = timm.create_model('atac_resnet8_cifar', pretrained=True, **source)
+    assert source == given
+    assert torch.equal(model.fc.bias, torch.from_numpy(read_params(PARAMS)['output.bias'].copy()))
+    grey: Any = timm.create_model('atac_resnet8_cifar', pretrained=True, in_chans=1, num_classes=3, **source)
     assert grey.data_bn.running_mean == model.data_bn.running_mean.mean()
+    features: Any = timm.create_model('atac_resnet8_cifar', pretrained=True, features_only=True, **source)
+    assert torch.equal(features.conv1.weight, model.conv1.weight)
+
+
+def test_custom_load_of_the_user() -> None:
+    with pytest.raises(Exception, match=r'weights_only|invalid load key'):  # timm's own loader
+        timm.create_model(
+            'atac_resnet8_cifar', pretrained=True, pretrained_cfg_overlay=dict(file=PARAMS, custom_load=False)
+        )
+    cfg: Any = timm.create_model('atac_resnet8_cifar', pretrained_cfg_overlay=dict(file=PARAMS)).pretrained_cfg
+    assert not cfg['custom_load']
+
+
+def test_the_call_for_weights_of_ones_own(monkeypatch) -> None:
+    """The call that the error names works, with the architecture and no other argument."""
+    monkeypatch.setitem(PUBLISHED, 'atac_resnet8_cifar.cifar10', Published('https://127.0.0.1/net.params', 'id'))
+    with pytest.raises(ValueError, match='their own tag: ') as caught:
+        timm.create_model('atac_resnet8_cifar', pretrained=True, pretrained_cfg_overlay=dict(file=PARAMS))
+    call = str(caught.value).partition('their own tag: ')[2].rstrip('.')
+    assert 'custom_load' not in call
+    assert eval(call.replace('FILE.params', PARAMS)).pretrained_cfg['tag'] == 'mine'
 
 
 def test_registered_weights() -> None:

@@ -12,10 +12,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers import make_divisible
 from timm.layers.bottleneck_attn import BottleneckAttn
-from timm.models import build_model_with_cfg, generate_default_cfgs
+from timm.models import generate_default_cfgs
 from timm.models.resnet import Bottleneck
 
 from ..units.checks import check_feat_size, check_stages
+from ._build import build_model
 from ._stages import LayeredResNet, SpatialBottleneck, StageBlock, imagenet_cfg, stage_sizes
 
 __all__ = ['AAResNet', 'AugmentedConv2d']
@@ -169,4 +170,4 @@ default_cfgs = generate_default_cfgs(
 
 def aa_resnet50(pretrained: bool = False, **kwargs) -> AAResNet:
     """ResNet-50 with self-attention beside the 3x3 convolutions of stages 2 to 4."""
-    return build_model_with_cfg(AAResNet, 'aa_resnet50', pretrained, **{'layers': (3, 4, 6, 3), **kwargs})
+    return build_model(AAResNet, 'aa_resnet50', pretrained, **{'layers': (3, 4, 6, 3), **kwargs})

@@ -5,17 +5,17 @@ from typing import Any
 
 import torch.nn as nn
 from timm.layers import LayerType
-from timm.models import build_model_with_cfg, create_model, generate_default_cfgs
+from timm.models import create_model, generate_default_cfgs, resolve_pretrained_cfg
 
 from .. import _timm
 from ..replace.activations import replace_activations
+from ..weights.advice import explain_failed_download, failed_source
+from ._build import SOURCES, build_model
 
 __all__ = ['atac_host']
 
 # Arguments of timm's `build_model_with_cfg`; the host gets all others.
 _BUILDER_ARGS = ('feature_cls', 'features_only', 'out_indices', 'pretrained_model_args', 'pretrained_strict')
-# Keys of a `pretrained_cfg` with the source of its weights.
-_WEIGHTS = ('file', 'hf_hub_filename', 'hf_hub_id', 'state_dict', 'url')
 
 # `_register.py` registers the entry function named by each key.
 default_cfgs = generate_default_cfgs(
@@ -66,15 +66,16 @@ def atac_host(
     cfg = kwargs.pop('pretrained_cfg', None)
     cfg = None if isinstance(cfg, str) else cfg  # a tag of `atac_host`; none has weights
     overlay = kwargs.pop('pretrained_cfg_overlay', None) or {}
-    own_weights = pretrained and bool(cfg or any(overlay.get(name) for name in _WEIGHTS))
+    own_weights = pretrained and bool(cfg or any(overlay.get(name) for name in SOURCES))
     host_args: dict[str, Any] = {'model_name': host} if isinstance(host, str) else dict(host)
     host_args['pretrained'] = pretrained and not own_weights
     host_args['pretrained_cfg_overlay'] = {
-        name: value for name, value in overlay.items() if not (own_weights and name in _WEIGHTS)
+        **(host_args.get('pretrained_cfg_overlay') or {}),
+        **{name: value for name, value in overlay.items() if not (own_weights and name in SOURCES)},
     }
 
     def make(**args) -> Any:
-        model = replace_activations(create_model(**{**host_args, **args}), act, where=where, rd_ratio=rd_ratio)
+        model = replace_activations(_create_host({**host_args, **args}), act, where=where, rd_ratio=rd_ratio)
         if builder.get('features_only') and not hasattr(model, 'forward_intermediates'):
             raise ValueError(
                 f'features_only of host={host!r}: {type(model).__name__} has no forward_intermediates. Create the host '
@@ -90,7 +91,7 @@ def atac_host(
         def build(**_) -> Any:
             return model
 
-    return build_model_with_cfg(
+    return build_model(
         build,
         'atac_host',
         own_weights,
@@ -101,3 +102,25 @@ def atac_host(
         **builder,
         **kwargs,
     )
+
+
+def _create_host(host_args: dict[str, Any]) -> Any:
+    """Create the host. If its weights cannot be downloaded, the exception says what to do."""
+    try:
+        return create_model(**host_args)
+    except Exception as error:
+        if failed_source(error):
+            name = host_args['model_name']
+            prefix, _, repository = name.rpartition(':')  # hf-hub:OWNER/NAME
+            cfg: dict[str, Any] = {'hf_hub_id': repository}
+            if not prefix:
+                cfg = resolve_pretrained_cfg(name, None, dict(host_args['pretrained_cfg_overlay'])).to_dict()
+            file_host = f"dict(model_name={name!r}, pretrained_cfg_overlay=dict(file='FILE'))"
+            explain_failed_download(
+                error,
+                cfg,
+                f"timm.create_model('atac_host', pretrained=True, host={file_host})",
+                "timm.create_model('atac_host', pretrained=True, host='local-dir:FOLDER')",
+                host_args.get('cache_dir'),
+            )
+        raise

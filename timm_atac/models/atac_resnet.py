@@ -10,12 +10,13 @@ from typing import Any, cast
 import torch
 import torch.nn as nn
 from timm.layers import LayerType
-from timm.models import build_model_with_cfg, generate_default_cfgs
+from timm.models import generate_default_cfgs
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from ..units.checks import check_stages
 from ..units.create import create_activation, init_weights
 from ..weights import published
+from ._build import build_model
 from ._open_atac import OpenAtacWeights
 from ._stages import StageBlock, imagenet_cfg
 
@@ -97,7 +98,7 @@ class AtacResNet(OpenAtacWeights, ResNet):
 
 def _create_atac_resnet(variant: str, pretrained: bool, kwargs: dict[str, Any], **model_args: Any) -> AtacResNet:
     """Create a variant with its own arguments, which those of the user (`kwargs`) override."""
-    return build_model_with_cfg(AtacResNet, variant, pretrained, **{**model_args, **kwargs})
+    return build_model(AtacResNet, variant, pretrained, **{**model_args, **kwargs})
 
 
 _cfg = partial(imagenet_cfg, paper_ids='arXiv:2007.07729', paper_name='Attention as Activation')

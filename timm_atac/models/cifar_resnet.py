@@ -14,12 +14,13 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers import DropPath, LayerType, calculate_drop_path_rates, create_attn, create_classifier, get_norm_layer
-from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs
+from timm.models import checkpoint_seq, generate_default_cfgs
 
 from .._timm import feature_take_indices
 from ..units.atac import LocalSE
 from ..units.checks import check_stages
 from ..units.create import create_activation, init_weights
+from ._build import build_model
 from ._open_atac import OpenAtacWeights
 
 __all__ = ['CifarResNet', 'PreActBasicBlock']
@@ -339,7 +340,7 @@ def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: nn.Module) 
 
 def _create_cifar_resnet(variant: str, pretrained: bool, kwargs: dict[str, Any], **model_args: Any) -> CifarResNet:
     """Create a variant with its own arguments, which those of the user (`kwargs`) override."""
-    return build_model_with_cfg(
+    return build_model(
         CifarResNet,
         variant,
         pretrained,

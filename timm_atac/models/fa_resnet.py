@@ -10,9 +10,10 @@ from typing import Any, cast
 import torch
 import torch.nn as nn
 from timm.layers import use_fused_attn
-from timm.models import build_model_with_cfg, generate_default_cfgs
+from timm.models import generate_default_cfgs
 
 from ..units.local_attention import local_attention, tile_attention
+from ._build import build_model
 from ._stages import LayeredResNet, SpatialBottleneck, StageBlock, imagenet_cfg
 
 __all__ = ['AttentionStem', 'FAResNet', 'LocalAttention2d', 'MixedConv2d']
@@ -250,4 +251,4 @@ default_cfgs = generate_default_cfgs(
 
 def fa_resnet50(pretrained: bool = False, **kwargs) -> FAResNet:
     """ResNet-50 with self-attention in place of the stem and the 3x3 convolutions."""
-    return build_model_with_cfg(FAResNet, 'fa_resnet50', pretrained, **{'layers': (3, 4, 6, 3), **kwargs})
+    return build_model(FAResNet, 'fa_resnet50', pretrained, **{'layers': (3, 4, 6, 3), **kwargs})

@@ -10,10 +10,11 @@ from typing import Any, cast
 
 import torch.nn as nn
 from timm.layers import LayerType
-from timm.models import build_model_with_cfg, generate_default_cfgs
+from timm.models import generate_default_cfgs
 from timm.models.resnet import BasicBlock, Bottleneck
 
 from ..units.gather_excite import GatherExcite
+from ._build import build_model
 from ._stages import LayeredResNet, StageBlock, imagenet_cfg, stage_sizes
 
 __all__ = ['GEResNet']
@@ -72,4 +73,4 @@ default_cfgs = generate_default_cfgs(
 def ge_plus_resnet50(pretrained: bool = False, **kwargs) -> GEResNet:
     """ResNet-50 with Gather-Excite (GE-theta+) at the end of every residual branch."""
     model_args = {'block': Bottleneck, 'layers': (3, 4, 6, 3), **kwargs}
-    return build_model_with_cfg(GEResNet, 'ge_plus_resnet50', pretrained, **model_args)
+    return build_model(GEResNet, 'ge_plus_resnet50', pretrained, **model_args)

@@ -60,11 +60,14 @@ def check_published(path: str | os.PathLike[str], name: str) -> None:
         return
     found, expected = git_blob_id(path), PUBLISHED[name].git_blob
     if found != expected:
+        architecture = name.partition('.')[0]
+        web_page = '' if is_params(path) else 'It is no .params file at all, but perhaps the web page of a proxy. '
         raise ValueError(
             f'{path} is not the file that {name} stands for: its git blob id is {found}, expected {expected}. '
-            f'If it was downloaded, delete it and try again. To use your own weights, run '
-            f'`timm-atac convert FILE.params OUT_DIR --model {name.partition(".")[0]}`, or give them their own tag: '
-            f"timm.create_model(..., pretrained_cfg_overlay=dict(file='FILE.params', custom_load=True, tag='mine'))."
+            f'{web_page}If it was downloaded, delete it and try again. To use your own weights, run '
+            f'`timm-atac convert FILE.params OUT_DIR --model {architecture}`, or give them their own tag: '
+            f"timm.create_model('{architecture}', pretrained=True, "
+            f"pretrained_cfg_overlay=dict(file='FILE.params', tag='mine'))."
         )
 
 

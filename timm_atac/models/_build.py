@@ -1,0 +1,64 @@
+"""timm's `build_model_with_cfg` for our entry functions, which also knows the authors' files and explains failures."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch.nn as nn
+from timm.models import build_model_with_cfg, resolve_pretrained_cfg
+
+from ..weights.advice import explain_failed_download, failed_source
+from ..weights.checkpoints import is_params_file
+from ..weights.published import PUBLISHED
+
+__all__ = ['SOURCES', 'build_model']
+
+ModelT = TypeVar('ModelT', bound=nn.Module)
+
+SOURCES = ('file', 'hf_hub_filename', 'hf_hub_id', 'state_dict', 'url')
+"""Keys of a `pretrained_cfg` with the source of its weights."""
+
+
+def build_model(
+    model_cls: Callable[..., ModelT],
+    variant: str,
+    pretrained: bool,
+    pretrained_cfg: Any = None,
+    pretrained_cfg_overlay: Mapping[str, Any] | None = None,
+    cache_dir: str | Path | None = None,
+    **kwargs: Any,
+) -> ModelT:
+    """Build a network as timm's `build_model_with_cfg` does, whose arguments these are.
+
+    A `file` in the authors' format needs no `custom_load`. If the weights cannot be downloaded, the exception says what
+    to do.
+    """
+    overlay = dict(pretrained_cfg_overlay or {})
+    if pretrained and 'custom_load' not in overlay and hasattr(model_cls, 'open_atac_layout'):
+        cfg = pretrained_cfg if isinstance(pretrained_cfg, dict) else getattr(pretrained_cfg, '__dict__', {})
+        if is_params_file(overlay.get('file') or cfg.get('file')):
+            overlay['custom_load'] = True
+    try:
+        return build_model_with_cfg(
+            model_cls,
+            variant,
+            pretrained,
+            pretrained_cfg=pretrained_cfg,
+            pretrained_cfg_overlay=overlay,
+            cache_dir=cache_dir,
+            **kwargs,
+        )
+    except Exception as error:
+        if pretrained and failed_source(error):
+            cfg = resolve_pretrained_cfg(variant, pretrained_cfg, dict(overlay)).to_dict()
+            name = f'{variant}.{cfg.get("tag")}'
+            entries = {'file': 'FILE', **{key: value for key, value in overlay.items() if key not in SOURCES}}
+            with_overlay = 'pretrained_cfg_overlay=dict(' + ', '.join(f'{k}={v!r}' for k, v in entries.items()) + ')'
+            explain_failed_download(
+                error,
+                cfg,
+                f'timm.create_model({name if name in PUBLISHED else variant!r}, pretrained=True, {with_overlay})',
+                "timm.create_model('local-dir:FOLDER', pretrained=True)",
+                cache_dir,
+            )
+        raise
