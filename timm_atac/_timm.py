@@ -8,7 +8,7 @@ from typing import Any, NoReturn, cast
 import timm.models
 import torch.nn as nn
 from timm.layers import create_act
-from timm.models import nfnet
+from timm.models import _registry, nfnet
 from timm.models._efficientnet_blocks import SqueezeExcite as SqueezeExcite
 from timm.models._features import feature_take_indices as feature_take_indices
 
@@ -45,6 +45,12 @@ def add_act(name: str, layer: type[nn.Module], layer_me: type[nn.Module] | None,
         _ACT_LAYERS_ME[name] = layer_me
     _ACT_FNS[name] = refuse  # `get_act_fn` returns it, for an NFNet with `gamma_in_act`
     _GAINS[name] = gain
+
+
+def remove_model(name: str) -> None:
+    """Remove a name from timm's registry, which would warn when it is registered again. An unknown name is no error."""
+    _registry._model_entrypoints.pop(name, None)
+    _registry._model_with_tags.pop(name, None)
 
 
 def record(model: Any, architecture: str, **args) -> dict[str, Any]:
