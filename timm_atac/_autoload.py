@@ -66,6 +66,7 @@ def import_timm() -> None:
     """
     _importing.add(threading.get_ident())
     try:
+        importlib.import_module('timm')  # its lock first, like a thread with `import timm`, to prevent a deadlock
         importlib.import_module(_HOST)
     finally:
         _importing.discard(threading.get_ident())

@@ -410,20 +410,21 @@ def remove(*starts):
 def check():
     \"\"\"All of ours works with the timm in sys.modules.\"\"\"
     import timm, timm_atac
+    from timm import layers  # not an attribute of timm if an interrupted import has left it in sys.modules
     from timm.models import nfnet
     assert len(timm.list_models('atac*')) == 11, timm.list_models('atac*')
     names = timm.list_models(include_tags=True)
     assert len(names) == len({*names})
     unit = timm_atac.ATAC
-    assert timm.layers.get_act_layer('atac') is timm_atac.ATACMe and issubclass(timm_atac.ATACMe, unit)
+    assert layers.get_act_layer('atac') is timm_atac.ATACMe and issubclass(timm_atac.ATACMe, unit)
     model = timm.create_model('atac_resnet18')
     assert isinstance(model, timm_atac.AtacResNet) and isinstance(model, timm.models.ResNet)
     assert any(isinstance(m, unit) for m in model.modules())
     assert any(isinstance(m, unit) for m in timm.create_model('resnet18', act_layer='atac').modules())
     model = timm.create_model('test_resnet')
     assert any(isinstance(m, unit) for m in timm_atac.replace_activations(model).modules())
-    assert timm_atac.gate(timm.layers.SEModule(8), torch.randn(2, 8, 3, 3)).shape[1] == 8
-    assert timm.layers.create_act_layer('atac', channels=8) is not None and 'atac' in nfnet._nonlin_gamma
+    assert timm_atac.gate(layers.SEModule(8), torch.randn(2, 8, 3, 3)).shape[1] == 8
+    assert nfnet._nonlin_gamma['atac'] == nfnet._nonlin_gamma['se_act'] > 1
     for name, module in sys.modules.items():
         if name.startswith('timm_atac.'):
             parent, _, child = name.rpartition('.')
@@ -514,7 +515,6 @@ def test_parts_of_timm_imported_again(python) -> None:
         remove()
         sys.modules.update(layers)
         import timm
-        timm.layers = layers['timm.layers']
         assert check() is not first
 
         class Interrupt:
@@ -582,20 +582,20 @@ def test_threads_import_another_timm(python) -> None:
     code = """
         import faulthandler, threading, timm, timm_atac
         faulthandler.dump_traceback_later(120, exit=True)
-        timm_atac.gate
-        names = ['timm', 'timm.models', 'timm_atac.ATAC', 'timm_atac.gate', 'timm_atac.replace_activations']
-        start = threading.Barrier(len(names))
-        def load(name):
+        def load(code):
             start.wait()
             try:
-                exec(f'import {name}' if name in names[:2] else f'import timm_atac; {name}')
+                exec(code, globals())
             except ImportError as error:
                 print('half imported:', error.name)
-        remove()
-        threads = [threading.Thread(target=load, args=(name,)) for name in names]
-        for thread in threads: thread.start()
-        for thread in threads: thread.join()
-        check()
+        start = threading.Barrier(3)
+        for ours in ('from timm_atac import ATAC', 'import timm_atac.units.atac', 'timm_atac.gate'):
+            remove()
+            threads = [threading.Thread(target=load, args=(code,)) for code in ('import timm', ours, ours)]
+            for thread in threads: thread.start()
+            for thread in threads: thread.join()
+            timm_atac.ATAC
+            check()
     """
     assert 'could not register' not in python(AGAIN + dedent(code)).stderr
 
