@@ -1,7 +1,8 @@
-"""Registration with timm. It runs once, when `timm.models` has been imported."""
+"""Registration with timm. It runs when `timm.models` has been imported, once for each timm that a process imports."""
 
 import re
 from importlib import import_module
+from typing import Any
 
 MIN_TIMM = '1.0.21'  # pyproject.toml has the same version; a test compares them
 # modules of timm_atac.models with `default_cfgs`; timm lists models by these names
@@ -14,7 +15,8 @@ GAUSSIAN = 1.4953487812212205  # 1 / sqrt(E[exp(-2 z^2)]) = 5^(1/4), the gain of
 def register() -> None:
     """Register the networks and the activations of this package with timm.
 
-    All names are checked before the first is registered. A second call registers what is missing.
+    All names are checked before the first is registered. A second call registers what is missing. What this package
+    has registered before it was removed from `sys.modules` and imported again is replaced.
 
     Raises:
         RuntimeError: timm is older than `MIN_TIMM`, or another package has registered one of the names.
@@ -39,17 +41,24 @@ def register() -> None:
     taken = [
         f'activation {name!r}'
         for name, act in activations.items()
-        if _timm.acts(name) - {act, activations_me.get(name)}
+        if not {_path(a) for a in _timm.acts(name)} <= {_path(act), _path(activations_me.get(name))}
     ]
-    taken += [f'model {name!r}' for name, fn in networks.items() if is_model(name) and model_entrypoint(name) is not fn]
+    registered = {name: model_entrypoint(name) for name in networks if is_model(name)}
+    taken += [f'model {name!r}' for name, fn in registered.items() if _path(fn) != _path(networks[name])]
     if taken:
         raise RuntimeError(f'{", ".join(taken)} is registered by another package already')
     for name, entry_function in networks.items():
-        if not is_model(name):
+        if registered.get(name) is not entry_function:
+            _timm.remove_model(name)
             register_model(entry_function)
     for name, layer in activations.items():
         _timm.add_act(name, layer, activations_me.get(name), gains[name])
     _timm.add_checkpoint_format(checkpoints.reads_checkpoint, checkpoints.load_checkpoint)
+
+
+def _path(obj: Any) -> tuple[str, str]:
+    """Where a class or function is defined. It stays the same when the module is imported again."""
+    return (getattr(obj, '__module__', ''), getattr(obj, '__qualname__', ''))
 
 
 def _release(version: str) -> tuple[int, ...]:

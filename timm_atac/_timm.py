@@ -9,7 +9,7 @@ from typing import Any, NoReturn, cast
 import timm.models
 import torch.nn as nn
 from timm.layers import create_act
-from timm.models import nfnet
+from timm.models import _registry, nfnet
 from timm.models._efficientnet_blocks import SqueezeExcite as SqueezeExcite
 from timm.models._features import feature_take_indices as feature_take_indices
 
@@ -82,6 +82,12 @@ def _checkpoint_wrapper(
 
     setattr(wrapper, _WRAPPED_BY_US, True)
     return wrapper
+
+
+def remove_model(name: str) -> None:
+    """Remove a name from timm's registry, which would warn when it is registered again. An unknown name is no error."""
+    _registry._model_entrypoints.pop(name, None)
+    _registry._model_with_tags.pop(name, None)
 
 
 def record(model: Any, architecture: str, **args) -> dict[str, Any]:

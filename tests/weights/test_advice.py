@@ -18,7 +18,7 @@ import torch
 from file_server import serve
 
 from timm_atac.weights import advice
-from timm_atac.weights.folder import save_folder
+from timm_atac.weights.folder import save_for_hf
 from timm_atac.weights.published import PUBLISHED, Published
 
 NAME = 'atac_resnet8_cifar'
@@ -176,7 +176,7 @@ def test_hub_of_an_organisation(offline, monkeypatch, tmp_path) -> None:
 
 def test_hub_by_name(offline, tmp_path) -> None:
     """`hf-hub:` with a config.json in the cache, and without weights."""
-    save_folder(timm.create_model(NAME), tmp_path / 'net')
+    save_for_hf(timm.create_model(NAME), tmp_path / 'net')
     repository = tmp_path / 'models--me--net'
     (repository / 'refs').mkdir(parents=True)
     (repository / 'refs' / 'main').write_text('0' * 40)
@@ -202,7 +202,7 @@ def test_file_of_a_host(closed, home, tmp_path) -> None:
     with pytest.raises(URLError) as caught:
         timm.create_model('atac_host', host=dict(model_name=NAME, pretrained_cfg_overlay=overlay), pretrained=True)
     assert notes(caught.value).count('could not be downloaded') == 1
-    save_folder(timm.create_model('test_resnet', num_classes=3), tmp_path / 'net')
+    save_for_hf(timm.create_model('test_resnet', num_classes=3), tmp_path / 'net')
     weights = str(tmp_path / 'net' / 'model.safetensors')
     overlay = dict(url=f'{closed}/net.pth', hf_hub_id=None, num_classes=3)
     host = dict(model_name='test_resnet', pretrained_cfg_overlay=overlay)

@@ -8,9 +8,11 @@ import timm
 import torch
 
 import timm_atac
-from timm_atac.weights.folder import read_config
+from timm_atac.weights.convert import to_arrays
+from timm_atac.weights.folder import identify_folder, read_config
 from timm_atac.weights.identity import Identity, identify, record_source, remove_claims, tensor_hash
-from timm_atac.weights.published import PUBLISHED
+from timm_atac.weights.pretrained import git_blob_id
+from timm_atac.weights.published import PUBLISHED, Published
 
 NAME = 'atac_resnet50.open_atac_in1k'
 OF_WEIGHTS = {'tag', 'license', 'description', 'origin_url', 'notes'}
@@ -117,3 +119,25 @@ def test_a_replaced_network_that_is_replaced_again(tmp_path) -> None:
     model = timm_atac.replace_activations(model, where='layer3.*')
     timm_atac.save_for_hf(model, tmp_path, model_args=model.replaced_activations.model_args)
     assert identify(read_config(tmp_path), 'cd').name == 'atac_host'
+
+
+def test_loading_the_published_file_is_recorded(monkeypatch, tmp_path) -> None:
+    """It is forgotten in a model that is created from the saved config without the weights."""
+    name = 'atac_resnet8_cifar.cifar10'
+    torch.manual_seed(0)
+    source: Any = timm.create_model('atac_resnet8_cifar')
+    path = tmp_path / 'net.params'
+    timm_atac.write_params(path, to_arrays(source))
+    monkeypatch.setitem(PUBLISHED, name, Published('', git_blob_id(path)))
+    overlay = {'file': str(path)}
+    model: Any = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay)
+    timm.models.save_for_hf(model, str(tmp_path / 'same'), safe_serialization=True)
+    weights = tensor_hash(source.state_dict())
+    assert identify(read_config(tmp_path / 'same'), weights).published == name
+    tuned: Any = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=3, in_chans=1)
+    timm.models.save_for_hf(tuned, str(tmp_path / 'tuned'), safe_serialization=True)
+    assert identify_folder(tmp_path / 'tuned').base == name
+    again: Any = timm.create_model(f'local-dir:{tmp_path / "tuned"}', pretrained=True)
+    assert again.pretrained_cfg['notes'] == [f'Loaded from {name} (sha256:{weights})']
+    untrained: Any = timm.create_model(f'local-dir:{tmp_path / "tuned"}')
+    assert untrained.pretrained_cfg['notes'] is None and untrained.default_cfg is untrained.pretrained_cfg

@@ -9,6 +9,7 @@ from timm.models import build_model_with_cfg, resolve_pretrained_cfg
 
 from ..weights.advice import explain_failed_download, failed_source
 from ..weights.checkpoints import is_params_file
+from ..weights.identity import forget_source
 from ..weights.published import PUBLISHED
 
 __all__ = ['SOURCES', 'build_model']
@@ -39,7 +40,7 @@ def build_model(
         if is_params_file(overlay.get('file') or cfg.get('file')):
             overlay['custom_load'] = True
     try:
-        return build_model_with_cfg(
+        model = build_model_with_cfg(
             model_cls,
             variant,
             pretrained,
@@ -62,3 +63,6 @@ def build_model(
                 cache_dir,
             )
         raise
+    if not pretrained:
+        forget_source(model)
+    return model

@@ -14,7 +14,7 @@ from timm.models import get_arch_pretrained_cfgs
 
 from .published import PUBLISHED
 
-__all__ = ['Identity', 'identify', 'record_source', 'remove_claims', 'tensor_hash']
+__all__ = ['Identity', 'forget_source', 'identify', 'record_source', 'remove_claims', 'tensor_hash']
 
 _RECORD = re.compile(r'Loaded from (\S+) \(sha256:([0-9a-f]{64})\)')
 # fields of a pretrained cfg that are true of the weights of its tag, and not of every network of the architecture
@@ -71,6 +71,14 @@ def record_source(model: Any, name: str, state_dict: Mapping[str, torch.Tensor])
     model.default_cfg = model.pretrained_cfg
 
 
+def forget_source(model: Any) -> None:
+    """Remove what `record_source` wrote, from a model that was created from such a config without its weights."""
+    cfg = getattr(model, 'pretrained_cfg', None)
+    if isinstance(cfg, dict) and _record(cfg):
+        model.pretrained_cfg = {**cfg, 'notes': None}
+        model.default_cfg = model.pretrained_cfg
+
+
 def identify(config: Mapping[str, Any], weights: str) -> Identity:
     """Return what is known of some weights.
 
@@ -80,8 +88,7 @@ def identify(config: Mapping[str, Any], weights: str) -> Identity:
     """
     cfg = config.get('pretrained_cfg', {})
     architecture, tag = config['architecture'], cfg.get('tag')
-    notes = cfg.get('notes')
-    record = _RECORD.fullmatch(str(notes[0])) if isinstance(notes, (list, tuple)) and notes else None
+    record = _record(cfg)
     known = {published.tensors: name for name, published in PUBLISHED.items() if published.tensors}
     if record and record[1] in PUBLISHED:
         known.setdefault(record[2], record[1])
@@ -101,6 +108,11 @@ def remove_claims(config: Mapping[str, Any], identity: Identity) -> dict[str, An
             if cfg.get(key) and any(other.get(key) == cfg[key] for other in registered.values()):
                 del cfg[key]
     return {**config, 'pretrained_cfg': cfg}
+
+
+def _record(cfg: Mapping[str, Any]) -> re.Match | None:
+    notes = cfg.get('notes')
+    return _RECORD.fullmatch(str(notes[0])) if isinstance(notes, (list, tuple)) and notes else None
 
 
 def _registered_cfgs(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

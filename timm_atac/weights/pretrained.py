@@ -10,6 +10,7 @@ from timm.models import load_state_dict
 
 from .. import _timm
 from .convert import to_state_dict
+from .identity import record_source
 from .params import is_params, read_params
 from .published import PUBLISHED
 
@@ -30,12 +31,14 @@ def load_pretrained(model: Any, path: str | os.PathLike[str]) -> None:
     cfg = dict(model.pretrained_cfg)
     state_dict: dict[str, torch.Tensor]
     in_authors_format = is_params(path)
+    name = f'{cfg.get("architecture")}.{cfg.get("tag")}'
     if in_authors_format or not cfg.get('file'):
-        check_published(path, f'{cfg.get("architecture")}.{cfg.get("tag")}')
+        check_published(path, name)
     if in_authors_format:
         state_dict = to_state_dict(read_params(path), model, cfg['input_size'][0], cfg['num_classes'])
     else:  # timm before 1.0.29 calls us for a `file` in the cfg whatever its format
         state_dict = load_state_dict(str(path), weights_only=True)
+    published = dict(state_dict) if in_authors_format and name in PUBLISHED else None  # timm changes `state_dict`
     nowhere = dict.fromkeys(('source', 'url', 'file', 'hf_hub_id', 'hf_hub_filename'))
     load_into(
         model,
@@ -44,6 +47,8 @@ def load_pretrained(model: Any, path: str | os.PathLike[str]) -> None:
         in_chans=model.conv1.in_channels,
         filter_fn=_timm.adapt_state_dict,
     )
+    if published is not None:
+        record_source(model, name, published)
 
 
 def check_published(path: str | os.PathLike[str], name: str) -> None:
