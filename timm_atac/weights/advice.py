@@ -15,6 +15,7 @@ from .published import HUB_ORG
 
 __all__ = ['explain_failed_download', 'failed_source']
 
+_BEGINNING = 'The weights of '
 _logger = logging.getLogger(__name__)
 
 
@@ -25,7 +26,7 @@ def explain_failed_download(
     with_folder: str,
     cache_dir: str | Path | None = None,
 ) -> None:
-    """Add a note to an exception of a download. Other exceptions, and those that have a note, stay as they are.
+    """Add a note to an exception of a download. Other exceptions, and those that have this note, stay as they are.
 
     The exception keeps its type, so that callers catch what they caught before. Before Python 3.11, whose tracebacks
     show no notes, the text is logged as an error; without a configuration of logging this is printed.
@@ -39,7 +40,8 @@ def explain_failed_download(
     """
     source = failed_source(error)
     location = cfg.get('url' if source == 'address' else 'hf_hub_id')
-    if source is None or location is None or hasattr(error, '__notes__'):
+    notes: list[str] = getattr(error, '__notes__', [])
+    if source is None or location is None or any(note.startswith(_BEGINNING) for note in notes):
         return
     name = '.'.join(str(cfg[key]) for key in ('architecture', 'tag') if cfg.get(key)) or 'the model'
     if source == 'address':
@@ -49,7 +51,7 @@ def explain_failed_download(
     if sys.version_info >= (3, 11):
         error.add_note(text)
     else:
-        error.__dict__['__notes__'] = [text]  # pytest and other programs show it
+        error.__dict__['__notes__'] = [*notes, text]  # pytest and other programs show it
         _logger.error(text)
 
 
@@ -71,7 +73,7 @@ def _about_address(name: str, url: str | tuple[str, str], with_file: str, cache_
     address, file = url if isinstance(url, (list, tuple)) else (url, os.path.basename(urlparse(url).path))
     folder = cache_dir or os.path.join(torch.hub.get_dir(), 'checkpoints')
     return (
-        f'The weights of {name} could not be downloaded from\n  {address}\n'
+        f'{_BEGINNING}{name} could not be downloaded from\n  {address}\n'
         f'With a copy of this file, repeat the call after you have saved the copy as\n'
         f'  {os.path.abspath(os.path.join(folder, file))}\n'
         f'or leave the copy where it is, and call, with your other arguments,\n  {with_file}'
@@ -82,7 +84,7 @@ def _about_repository(name: str, repository: str, url: str | tuple[str, str] | N
     from huggingface_hub.constants import HF_HUB_OFFLINE
 
     owner_and_name, _, revision = repository.partition('@')
-    lines = [f'The weights of {name} could not be downloaded from {repository} on the Hugging Face Hub.']
+    lines = [f'{_BEGINNING}{name} could not be downloaded from {repository} on the Hugging Face Hub.']
     if HF_HUB_OFFLINE:
         lines.append('HF_HUB_OFFLINE is set, so that only the cache of the Hub is read.')
     if url and HUB_ORG and repository == f'{HUB_ORG}/{name}':
