@@ -52,8 +52,8 @@ def arm() -> None:
         return
     _put_hook()
     if isinstance(sys.modules.get(_HOST), ModuleType):
-        if not _importing:
-            _register()
+        with contextlib.suppress(Exception):  # the error of another thread, whose import of timm has failed
+            import_timm()
     elif _seen and _ADAPTER in sys.modules:
         _set_aside()  # timm was removed; our packages import it again
 
@@ -64,13 +64,18 @@ def import_timm() -> None:
     A thread that imports timm itself leaves the registration to those in here. They hold the locks of our modules, so
     the two would wait for each other.
     """
-    _importing.add(threading.get_ident())
+    thread = threading.get_ident()
+    if thread in _importing:
+        return
+    _importing.add(thread)
     try:
-        importlib.import_module('timm')  # its lock first, like a thread with `import timm`, to prevent a deadlock
+        if _HOST not in sys.modules:
+            importlib.import_module('timm')  # before timm.models: other threads take the locks in this order too
         importlib.import_module(_HOST)
     finally:
-        _importing.discard(threading.get_ident())
-    arm()
+        _importing.discard(thread)
+    if not _importing:
+        _register()
 
 
 class _Hook:
@@ -128,9 +133,11 @@ def _is_hook(finder: Any) -> bool:
 
 def _register() -> None:
     """Register with the timm in `sys.modules` if that has not been done, and make our modules those of this timm."""
+    if _disabled():
+        return
     timm = None
     try:
-        host = importlib.import_module(_HOST)  # waits while another thread is importing it
+        host = sys.modules[_HOST]
         # a class, as new as the registry: it stays the same if only `timm.models` itself is imported again
         timm = getattr(host, 'DefaultCfg', host)
         if timm in _seen:
