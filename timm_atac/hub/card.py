@@ -20,6 +20,7 @@ __all__ = ['REPO', 'full_name', 'render', 'weights_of']
 REPO = 'OWNER/NAME'
 """The placeholder for the repository in a card that has not been pushed."""
 
+_USUAL = {'in_chans': 3, 'global_pool': 'avg'}  # arguments that timm's save_for_hf writes for every model
 _TEMPLATE = Path(__file__).with_name('card.md.jinja')
 
 
@@ -73,7 +74,7 @@ def render(
         facts=checked,
         license=_license(checked),  # from_template would pass the front matter's
         architecture=config['architecture'],
-        arguments=config.get('model_args', {}),
+        arguments={name: value for name, value in config.get('model_args', {}).items() if _USUAL.get(name) != value},
         picture=picture,
         package='timm_atac' if is_ours else 'timm',
         repo=repo,

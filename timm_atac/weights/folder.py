@@ -13,6 +13,7 @@ import torch
 from timm.models import is_model
 
 from .. import _timm
+from .file_kinds import HEAD, describe
 from .identity import Identity, identify, remove_claims, tensor_hash
 
 __all__ = [
@@ -207,4 +208,15 @@ def _read_weights(folder: str | Path) -> dict[str, torch.Tensor]:
     except FileNotFoundError:
         raise FolderError(f'{folder} has no {WEIGHTS}.') from None
     except (safetensors.SafetensorError, OSError, ValueError) as error:
+        if kind := _kind_of(path):
+            raise FolderError(f'{path} is not a safetensors file. It is {kind}.') from error
         raise FolderError(f'{path} is damaged: {error}. Write it again, or download it again.') from error
+
+
+def _kind_of(path: Path) -> str | None:
+    try:
+        with open(path, 'rb') as file:
+            head = file.read(HEAD)
+    except OSError:
+        return None
+    return None if head[8:9] == b'{' else describe(head)

@@ -16,16 +16,28 @@ from typing import Any
 import numpy as np
 
 from .._files import replaced_file
+from .file_kinds import HEAD, describe
 
-__all__ = ['ParamsError', 'is_params', 'parse_params', 'read_params', 'write_params']
+__all__ = [
+    'OtherFileError',
+    'ParamsError',
+    'UnsupportedParamsError',
+    'is_params',
+    'parse_params',
+    'read_params',
+    'write_params',
+]
 
 _LIST = 0x112
+_MAGIC = struct.pack('<Q', _LIST)
 _V1, _V2, _V3 = 0xF993FAC8, 0xF993FAC9, 0xF993FACA
 _MAX_DIMS = 32
 _UNKNOWN_DIMS = 0xFFFFFFFF  # -1 as u32, in V3 records
 _MIN_RECORD = 4 + 8  # bytes of the shortest array record, and of the length of its name
 _DTYPES = tuple(np.dtype(code) for code in ('<f4', '<f8', '<f2', 'u1', '<i4', 'i1', '<i8', '?'))
-_SPARSE = {-1: 'undefined', 1: 'row sparse', 2: 'compressed sparse row'}
+_SPARSE = {1: 'row sparse', 2: 'compressed sparse row'}
+# valid in MXNet, and not read here: NumPy has no bfloat16, and MXNet's own Python reads none of the others
+_OTHER_DTYPES = {8: 'int16', 9: 'uint16', 10: 'uint32', 11: 'uint64', 12: 'bfloat16'}
 _PREFIXES = ('arg:', 'aux:')
 _CPU = 1, 0
 _NONE = np.empty(0, np.float32)
@@ -41,12 +53,26 @@ class ParamsError(ValueError):
         reason: The fault.
     """
 
+    _text = '{path}: not a valid .params file: {reason}, at byte {offset}.'
+
     def __init__(self, path: Any, offset: int, reason: str) -> None:
         super().__init__(path, offset, reason)
         self.path, self.offset, self.reason = path, offset, reason
 
     def __str__(self) -> str:
-        return f'{self.path}: not a valid .params file: {self.reason}, at byte {self.offset}.'
+        return self._text.format_map(vars(self))
+
+
+class UnsupportedParamsError(ParamsError):
+    """MXNet can read the file, and `read_params` cannot: it has sparse arrays, a rare dtype, or no names."""
+
+    _text = '{path}: a .params file that cannot be read here: {reason}, at byte {offset}.'
+
+
+class OtherFileError(ParamsError):
+    """The file is of another kind, for example a checkpoint of PyTorch or a web page."""
+
+    _text = '{path} is not a .params file. It is {reason}.'
 
 
 def read_params(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
@@ -64,8 +90,10 @@ def read_params(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
         Gluon does. An array that was saved without a value ("none") is a float32 array of shape (0,).
 
     Raises:
-        ParamsError: The file is truncated or malformed, has more bytes after its end, a sparse array, an unknown dtype,
-            an array without a name or two arrays of one name. The message has the offset and the reason.
+        UnsupportedParamsError: MXNet can read the file, but it has a sparse array, a dtype other than those of
+            `write_params`, or arrays without names. It is a `ParamsError`.
+        ParamsError: The file is truncated or malformed, has more bytes after its end, or two arrays of one name. The
+            message has the offset and the reason. For another kind of file, it names the kind and what to do.
         OSError: The file cannot be read.
     """
     with open(path, 'rb') as file:
@@ -78,7 +106,7 @@ def read_params(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
 def is_params(path: str | os.PathLike[str]) -> bool:
     """True if the file begins like a `.params` file."""
     with open(path, 'rb') as file:
-        return file.read(8) == struct.pack('<Q', _LIST)
+        return file.read(8) == _MAGIC
 
 
 def parse_params(buffer: Any, path: Any = '<buffer>') -> dict[str, np.ndarray]:
@@ -96,11 +124,14 @@ def write_params(path: str | os.PathLike[str], arrays: Mapping[str, np.ndarray])
 
     Args:
         path: The file. It is replaced if it exists.
-        arrays: Name -> array of float32, float64, float16, uint8, int32, int8, int64 or bool. Arrays without dimensions
-            or elements are written as V3 records, which MXNet reads with `npx.set_np()`; all others as V2 records.
+        arrays: Name -> array of float32, float64, float16, uint8, int32, int8, int64 or bool.
+
+    The file has V2 records, which MXNet reads unless `npx.set_np()` was called. If one of the arrays has no dimensions
+    or no elements, all records are V3, which MXNet reads only after `npx.set_np()`.
 
     Raises:
-        ValueError: An array has another dtype or more than 32 dimensions, or a name begins with `arg:` or `aux:`.
+        ValueError: An array has another dtype or more than 32 dimensions. A name begins with `arg:` or `aux:`, or has a
+            NUL, where MXNet cuts it off.
     """
     for name, array in arrays.items():
         if array.dtype.newbyteorder('<') not in _DTYPES:
@@ -110,11 +141,13 @@ def write_params(path: str | os.PathLike[str], arrays: Mapping[str, np.ndarray])
             raise ValueError(f'{name!r}: expected at most {_MAX_DIMS} dimensions, not {array.ndim}.')
         if name.startswith(_PREFIXES):
             raise ValueError(f'{name!r}: expected a name without {" or ".join(_PREFIXES)}, which readers remove.')
+        if '\0' in name:
+            raise ValueError(f'{name!r}: expected a name without NUL, where MXNet cuts it off.')
     names = [name.encode() for name in arrays]
+    magic = _V2 if all(array.size and array.ndim for array in arrays.values()) else _V3  # MXNet reads no mixture
     with replaced_file(Path(path)) as file:
         file.write(struct.pack('<3Q', _LIST, 0, len(arrays)))
         for array in arrays.values():
-            magic = _V2 if array.size and array.ndim else _V3
             dtype = array.dtype.newbyteorder('<')
             record = magic, 0, array.ndim, *array.shape, *_CPU, _DTYPES.index(dtype)
             file.write(struct.pack(f'<IiI{array.ndim}q3i', *record))
@@ -135,6 +168,9 @@ class _Parser:
     def error(self, reason: str, offset: int | None = None) -> ParamsError:
         return ParamsError(self.path, self.offset if offset is None else offset, reason)
 
+    def unsupported(self, reason: str, offset: int) -> UnsupportedParamsError:
+        return UnsupportedParamsError(self.path, offset, reason)
+
     def skip(self, length: int, what: str) -> int:
         """Skip `length` bytes; return the offset of the first one."""
         start, left = self.offset, self.size - self.offset
@@ -150,6 +186,9 @@ class _Parser:
         return self.numbers(layout, what)[0]
 
     def file(self) -> dict[str, np.ndarray]:
+        head = bytes(self.buffer[:HEAD])
+        if not head.startswith(_MAGIC) and (kind := describe(head)):
+            raise OtherFileError(self.path, 0, kind)
         magic, reserved = self.numbers('QQ', 'the header')
         if magic != _LIST:
             raise self.error(f'it begins with {magic:#x}, expected {_LIST:#x}', 0)
@@ -169,13 +208,17 @@ class _Parser:
         magic = self.number('I', "an array's magic number")
         if magic in (_V2, _V3):
             storage = self.number('i', "an array's storage type")
+            if storage in _SPARSE:
+                raise self.unsupported(f'a {_SPARSE[storage]} array, expected dense ones', start + 4)
             if storage != 0:
-                kind = _SPARSE.get(storage, 'unknown')
-                raise self.error(f'storage type {storage} ({kind}), expected 0 (dense)', start + 4)
+                raise self.error(f'storage type {storage}, expected 0 (dense)', start + 4)
         shape = self.shape(magic, start)
         if shape is None:
             return _NONE
         _, _, code = self.numbers('3i', "an array's device and dtype")
+        if code in _OTHER_DTYPES:
+            known = ', '.join(dtype.name for dtype in _DTYPES)
+            raise self.unsupported(f'an array of {_OTHER_DTYPES[code]}, expected {known}', self.offset - 4)
         if not 0 <= code < len(_DTYPES):
             raise self.error(f'unknown dtype {code}, expected 0 to {len(_DTYPES) - 1}', self.offset - 4)
         return self.values(_DTYPES[code], shape, start)
@@ -213,6 +256,9 @@ class _Parser:
 
     def names(self, count: int) -> list[str]:
         found = self.number('Q', 'the number of names')
+        if count and not found:
+            reason = f'its {count} arrays have no names, as `nd.save` of a list writes them. Save a dict in MXNet'
+            raise self.unsupported(reason, self.offset - 8)
         if found != count:
             raise self.error(f'{found} names for {count} arrays', self.offset - 8)
         names: dict[str, None] = {}
