@@ -26,22 +26,22 @@ def read_project() -> dict[str, Any]:
 
 def floors(dependencies: list[str]) -> dict[str, Version]:
     """Return name -> lower bound; each requirement must have one and no other bound."""
-    found = {}
+    found: dict[str, Version] = {}
     for requirement in map(Requirement, dependencies):
         (bound,) = requirement.specifier
         assert bound.operator == '>=', requirement
-        found[canonicalize_name(requirement.name)] = Version(bound.version)
+        found[str(canonicalize_name(requirement.name))] = Version(bound.version)
     return found
 
 
 def pins(file: str) -> dict[str, Version]:
     """Return name -> version of a file of constraints, each of which must be exact."""
     lines = (line.partition('#')[0].strip() for line in (ROOT / file).read_text().splitlines())
-    found = {}
+    found: dict[str, Version] = {}
     for requirement in map(Requirement, filter(None, lines)):
         (bound,) = requirement.specifier
         assert bound.operator == '==', requirement
-        found[canonicalize_name(requirement.name)] = Version(bound.version)
+        found[str(canonicalize_name(requirement.name))] = Version(bound.version)
     return found
 
 
