@@ -118,8 +118,13 @@ def record(model: Any, architecture: str, **args) -> dict[str, Any]:
     return dict(model._model_args)
 
 
+def keeps_args() -> bool:
+    """True since timm 1.0.31, which keeps the arguments of `create_model` in the model and writes them."""
+    return hasattr(timm.models, 'get_model_args')
+
+
 def model_args(model: Any) -> dict[str, Any]:
-    """The arguments of `create_model` that made the model. Empty before timm 1.0.31, which does not keep them."""
+    """The arguments of `create_model` that made the model. Before timm 1.0.31 only those that `record` has written."""
     return dict(getattr(model, '_model_args', {}))
 
 

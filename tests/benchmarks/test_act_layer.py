@@ -43,4 +43,4 @@ def test_readme_agrees(monkeypatch, capsys) -> None:
 
 def test_ways() -> None:
     assert act_layer.way_of('test_resnet') == 'name'
-    assert act_layer.way_of('iformer_t') == 'class'
+    assert act_layer.way_of('edgenext_xx_small') == 'class'

@@ -276,6 +276,7 @@ assert loaded == {'timm_atac.kernels.gate', 'timm_atac.kernels.switch'}, loaded
     python(code, TIMM_ATAC_KERNELS='1')
 
 
+@needs_triton
 def test_printed(monkeypatch) -> None:
     unit = pair()[0]
     x = torch.randn(3, 14, 7, 5)

@@ -59,7 +59,7 @@ def test_slurm_without_torchrun_is_one_process(monkeypatch) -> None:
     for name, value in dict(SLURM_NTASKS='4', SLURM_PROCID='1', SLURM_LOCALID='1').items():
         monkeypatch.setenv(name, value)
     machine = ablation.set_up(options.create_parser('').parse_args(['--device', 'cpu', '--channels-last']))
-    assert machine == ablation.Machine(torch.device('cpu'), channels_last=True, compile=None)
+    assert machine == ablation.Machine(torch.device('cpu'), channels_last=True, compile=None, cuda_graph=None)
 
 
 @pytest.mark.slow

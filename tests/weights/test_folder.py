@@ -87,8 +87,9 @@ def test_config_says_nothing_twice(tmp_path) -> None:
 
 def test_a_replaced_host_claims_nothing_of_the_host(tmp_path) -> None:
     save_for_hf(timm.create_model('atac_host', host='resnet18'), tmp_path)
-    cfg = read_config(tmp_path)['pretrained_cfg']
-    assert not {'tag', 'license', 'description', 'origin_url'} & set(cfg)
+    config = read_config(tmp_path)
+    assert config['model_args'] == {'host': 'resnet18', 'act': 'atac'}
+    assert not {'tag', 'license', 'description', 'origin_url'} & set(config['pretrained_cfg'])
 
 
 @pytest.mark.slow

@@ -31,6 +31,7 @@ from timm_atac.weights.params import (
     write_params,
 )
 
+MAX_DIMS = 64 if np.lib.NumpyVersion(np.__version__) >= '2.0.0' else 32  # of an array
 DATA = Path(__file__).parents[1] / 'data'
 
 dtypes = st.sampled_from([np.dtype(code) for code in CODES])
@@ -264,7 +265,11 @@ def test_fuzzer_finds_what_there_is(monkeypatch) -> None:
         ({'a': np.ones(2, np.complex64)}, "'a': a .params file cannot hold complex64"),
         ({'a': np.array(['x'])}, 'cannot hold <U1'),
         ({'arg:a': np.ones(2)}, "'arg:a': expected a name without"),
-        ({'a': np.ones((1,) * 33)}, 'at most 32 dimensions'),
+        pytest.param(
+            {'a': np.empty((1,) * MAX_DIMS)},
+            'at most 32 dimensions',
+            marks=pytest.mark.skipif(MAX_DIMS == 32, reason='arrays have at most 32 dimensions before NumPy 2'),
+        ),
         ({'\ud800': np.ones(2)}, 'surrogates not allowed'),
     ],
 )

@@ -58,7 +58,10 @@ def save_for_hf(
         save_directory: The folder. It is created if it does not exist.
         model_config: More entries of `config.json`: `label_names`, or a `pretrained_cfg` that overrides the network's.
         model_args: Arguments of `create_model` that the network was made with. Since 1.0.31 timm keeps them itself.
+            Before, those of `atac_host` and `replace_activations` are known.
     """
+    if not _timm.keeps_args():
+        model_args = {**_timm.model_args(model), **(model_args or {})}
     timm.models.save_for_hf(
         _contiguous(model),
         str(save_directory),
