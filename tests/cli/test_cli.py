@@ -131,7 +131,7 @@ def test_convert_refuses(run) -> None:
         ),
         ((PARAMS, 'x', '--model', 'atac_resnet8_cifar', '--tag', 'a/b'), "the tag 'a/b' is not valid"),
         (('absent', 'x', '--model', 'atac_resnet50'), "No such file or directory: 'absent'"),
-        ((__file__, 'x', '--model', 'atac_resnet50'), 'not a valid .params file: it begins with'),
+        ((__file__, 'x', '--model', 'atac_resnet50'), 'is not a .params file. It is text'),
         (
             (PARAMS, 'x', '--model', 'atac_resnet50.open_atac_in1k'),
             'its git blob id is 1918d0f25b94b81e6fdf7396022faf82',
