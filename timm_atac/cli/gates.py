@@ -162,8 +162,9 @@ def _check_models(names: dict[str, str], kwargs: dict[str, Any]) -> None:
     if len(models) > 1:
         check_comparable(models)
     elif not gated_units(*models.values()):
+        (name,) = known.values()
         raise CliError(
-            f'{", ".join(known.values())} has no unit with a gate; --model-kwargs act_layer=atac gives some to a model of timm. Several '
+            f'{name} has no unit with a gate; --model-kwargs act_layer=atac gives some to a model of timm. Several '
             f'models are drawn side by side with whatever gates they have.'
         )
 

@@ -165,8 +165,9 @@ def _check_act(act: LayerType) -> None:
         accepted = {}
     if not {'channels', 'input_fmt'} <= set(accepted):
         hint = did_you_mean(act, (*ACTIVATIONS, *ACTIVATIONS_ME)) if isinstance(act, str) else ''
+        expected = f'{hint} Expected' if hint else 'expected'
         raise ValueError(
-            f"act={act!r}: {f'{hint} E' if hint else 'e'}xpected 'atac', 'se_act', 'nin', 'xunit', or a class or partial "
+            f"act={act!r}: {expected} 'atac', 'se_act', 'nin', 'xunit', or a class or partial "
             f'whose constructor takes `channels` and `input_fmt`, such as partial(timm_atac.ATAC, gate_layer=...).'
         )
 
