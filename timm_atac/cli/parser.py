@@ -38,6 +38,6 @@ class Parser(argparse.ArgumentParser):
 
 
 def _hint(name: str, known: Iterable[str]) -> str:
-    """Return "did you mean ...?" for a misspelt name, '' if no known name is similar."""
+    """Return "did you mean ... instead of ...?" for a misspelt name, '' if no known name is similar."""
     found = get_close_matches(name, list(known), n=1)
-    return f'did you mean {found[0]!r}?' if found else ''
+    return f'did you mean {found[0]!r} instead of {name!r}?' if found else ''

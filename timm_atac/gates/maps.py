@@ -95,8 +95,8 @@ def gate_maps_and_block_ends(
         model(x.to(reference.device, reference.dtype))
     if not recorder.gates:
         raise GatesError(
-            f'The forward pass of {type(model).__name__} calls none of its '
-            f'{counted(len(modules), "module")} {"with a gate" if types is None else "of these types"}. '
+            f'{type(model).__name__} has {counted(len(modules), "module")} '
+            f'{"with a gate" if types is None else "of these types"}, and its forward pass calls none of them. '
             f'If the model was compiled with PyTorch before 2.6, give the model before torch.compile.'
         )
     return recorder.gates, frozenset(recorder.block_ends)

@@ -87,7 +87,9 @@ def params_to_folder(
         state_dict = to_state_dict(arrays, model)
     except ConversionError as error:
         fitting = _fitting_networks(arrays, known)
-        raise ConversionError(f'{error}\nThe arrays fit {", or ".join(fitting)}.' if fitting else str(error)) from None
+        raise ConversionError(
+            f'{error}\nThe arrays fit another network: give {" or ".join(fitting)}.' if fitting else str(error)
+        ) from None
     model.load_state_dict(state_dict)
     if name in PUBLISHED:
         record_source(model, name, state_dict)
@@ -135,8 +137,7 @@ def _fitting_networks(arrays: Mapping[str, np.ndarray], known: list[str]) -> lis
     for name in known:
         if ('cifar' in name) != is_cifar:
             continue
-        with torch.device('meta'):
-            model: Any = timm.create_model(name)
+        model: Any = timm.create_model(name, device='meta')
         if array_shapes(model, chans, classes) == shapes:
             given = [f'in_chans={chans}'] * (chans != 3) + [f'num_classes={classes}'] * (classes != model.num_classes)
             fitting.append(f'--model {name}' + ' --model-kwargs ' * bool(given) + ' '.join(given))

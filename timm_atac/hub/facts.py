@@ -193,7 +193,7 @@ def _convert_fields(values: dict[str, Any], kind: Any, path: str, errors: list[s
     required = [part.name for part in known.values() if part.default is part.default_factory is MISSING]
     missing = [name for name in required if name not in given]
     if unknown:
-        names = [' '.join(filter(None, (name, did_you_mean(name, known)))) for name in unknown]
+        names = [f'{name} ({hint})' if (hint := did_you_mean(name, known)) else name for name in unknown]
         errors.append(f'unknown {", ".join(names)} in {path}, expected {", ".join(known)}')
     if missing:
         errors.append(f'{path} has no {", ".join(missing)}: {values!r}')

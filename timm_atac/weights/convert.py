@@ -55,8 +55,7 @@ def to_state_dict(
     if missing or surplus or misfit:
         lines = [line for faults in (missing, surplus, misfit) for line in shortened(faults)]
         raise ConversionError(
-            f'The {counted(len(arrays), "array")} of the file do not fit the {len(expected)} of this '
-            f'{type(model).__name__}; expected a file of the same architecture, trained with the same arguments: '
+            f'A file of {counted(len(arrays), "array")} does not fit this {type(model).__name__} of {len(expected)}; expected a file of the same architecture, trained with the same arguments: '
             f'{len(missing)} missing, {len(surplus)} surplus, {len(misfit)} misfit.\n  ' + '\n  '.join(lines)
         )
     return {ours: torch.from_numpy(arrays[theirs].astype(np.float32)) for ours, theirs in names.items()}
