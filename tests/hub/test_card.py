@@ -245,7 +245,7 @@ def test_picture() -> None:
     [
         (
             'licence: mit',
-            r"unknown licence \(did you mean 'license'\?\) in facts, expected description, weights, name, base_model, license",
+            r"unknown licence \(did you mean 'license'\?\) in facts, expected description, weights, name, base_model",
         ),
         ('license: apache2', "the licence 'apache2' is not known to the Hub; did you mean 'apache-2.0'"),
         ('license: other', "the licence 'other' needs license_name"),

@@ -135,7 +135,7 @@ def test_faults_of_a_config(folder) -> None:
         (dict(pretrained_cfg=None), 'pretrained_cfg is None, expected an object'),
         (dict(model_args=dict(rd_ratio=7)), 'cannot be created.*rd_ratio=7: expected'),
         (dict(model_args=dict(colour=1)), 'cannot be created'),
-        (dict(model_args=dict(rd_ratio=0.25)), r'does not fit config.json.*size mismatch'),
+        (dict(model_args=dict(rd_ratio=0.25)), r"does not fit config.json: 'stages.*is \(8, 16, 1, 1\) in.*more\.$"),
     ):
         before = (folder / 'config.json').read_text()
         change(folder, **{'model_args': {}, **entries})

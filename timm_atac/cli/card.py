@@ -6,10 +6,10 @@ exist or --image is given, and card.yaml. README.md is replaced: keep your own t
     timm-atac card OUT_DIR --facts card.yaml
     timm-atac card atac_resnet50.open_atac_in1k
 
-The facts are description, name, base_model, license, license_name, license_link, license_note, origin, datasets, papers,
-results, hyperparameters, comparison, citations, picture_credit; hub_configs/ in the package or its repository has an
-example. The command adds the fact weights, a hash of the tensors that the facts describe. It refuses facts of other
-weights.
+The facts are description, name, base_model, license, license_name, license_link, license_note, origin, datasets,
+papers, results, hyperparameters, comparison, citations, picture_credit; hub_configs/ in the package or its repository
+has an example. The command adds the fact weights, a hash of the tensors that the facts describe, and refuses facts of
+other weights.
 """
 
 import argparse

@@ -86,10 +86,9 @@ def params_to_folder(
     try:
         state_dict = to_state_dict(arrays, model)
     except ConversionError as error:
-        fitting = _fitting_networks(arrays, known)
-        raise ConversionError(
-            f'{error}\nThe arrays fit another network: give {" or ".join(fitting)}.' if fitting else str(error)
-        ) from None
+        if fitting := _fitting_networks(arrays, known):
+            raise ConversionError(f'{error}\nThe arrays fit another network: give {" or ".join(fitting)}.') from None
+        raise
     model.load_state_dict(state_dict)
     if name in PUBLISHED:
         record_source(model, name, state_dict)
@@ -182,13 +181,12 @@ def create_model(name: str, **kwargs: Any) -> Any:
 
 def _reason(error: Exception, name: str, kwargs: Mapping[str, Any]) -> str:
     """Return in one line why a model cannot be created, and what to do."""
-    if isinstance(error, KeyError) and error.args[0] in kwargs.values():
-        value = error.args[0]
-        argument = next(key for key, given in kwargs.items() if given == value)
-        hint = ''
-        if argument.endswith('act_layer'):
-            hint = did_you_mean(str(value), [*ACTIVATIONS, *(act for act in _ACTS if _is_act(act))])
-        return f'{argument}={value!r} is not a name that timm knows; {hint or "correct it."}'
+    for key, value in kwargs.items():
+        if key.endswith('act_layer') and isinstance(value, str) and not _is_act(value):
+            hint = did_you_mean(value, [*ACTIVATIONS, *filter(_is_act, _ACTS)])
+            return f'{key}={value!r} is not an activation of timm; {hint or "expected a name such as relu or atac."}'
+        if isinstance(error, KeyError) and error.args[:1] == (value,):
+            return f'{key}={value!r} is not a name that timm knows.'
     unknown = re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error))
     if isinstance(error, TypeError) and unknown:
         hint = did_you_mean(unknown[2], _parameters(name, unknown[1]))

@@ -55,7 +55,8 @@ def to_state_dict(
     if missing or surplus or misfit:
         lines = [line for faults in (missing, surplus, misfit) for line in shortened(faults)]
         raise ConversionError(
-            f'A file of {counted(len(arrays), "array")} does not fit this {type(model).__name__} of {len(expected)}; expected a file of the same architecture, trained with the same arguments: '
+            f'A file of {counted(len(arrays), "array")} does not fit this {type(model).__name__} of {len(expected)}; '
+            f'expected a file of the same architecture, trained with the same arguments: '
             f'{len(missing)} missing, {len(surplus)} surplus, {len(misfit)} misfit.\n  ' + '\n  '.join(lines)
         )
     return {ours: torch.from_numpy(arrays[theirs].astype(np.float32)) for ours, theirs in names.items()}
