@@ -7,6 +7,7 @@ The images are OUT_DIR/train/0/*.png ... OUT_DIR/val/9/*.png. OUT_DIR is the --d
 """
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from ablations.digits import NUM_TRAIN, load_digits
 from PIL import Image
 
 from timm_atac._files import new_folder
+from timm_atac.cli.parser import Parser
 
 
 def write_image_folder(folder: Path) -> None:
@@ -31,13 +33,13 @@ def write_image_folder(folder: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('folder', type=Path, metavar='OUT_DIR', help='a new folder, or an empty one')
     args = parser.parse_args(argv)
     try:
         write_image_folder(args.folder)
-    except OSError as error:
-        parser.error(str(error))
+    except (ImportError, OSError) as error:
+        sys.exit(f'{parser.prog}: error: {error}')
     print(f"{args.folder}: scikit-learn's digits, {NUM_TRAIN} images for training, the others for validation")
 
 

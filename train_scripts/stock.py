@@ -29,6 +29,7 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Iterator, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from urllib.error import HTTPError
 
@@ -82,7 +83,9 @@ def command(argv: Sequence[str], folder: Path) -> list[str]:
     script = next((name for name in candidates if name in scripts), None)
     if script is None:
         given = ', '.join(map(repr, candidates)) or 'nothing'
-        raise StockError(f'expected a script of {folder}, got {given}; it has: {", ".join(scripts) or "none"}')
+        similar = get_close_matches(candidates[0], scripts, n=1) if candidates else []
+        hint = f'; did you mean {similar[0]!r}?' if similar else f'; it has: {", ".join(scripts) or "none"}'
+        raise StockError(f'expected a script of {folder}, got {given}{hint}')
     at = argv.index(script)
     launcher = ['-m', 'torch.distributed.run', *argv[1:at]] if launched else []
     return [*launcher, str(folder / script), *argv[at + 1 :]]

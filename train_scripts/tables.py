@@ -12,13 +12,16 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from ablations.store import StoreError, read_rows
 from ablations.table4 import imagenet_table
 from ablations.tables import all_tables, first_rows, write_tables
 
+from timm_atac.cli.parser import Parser
+
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('csv', nargs='*', type=Path, metavar='CSV', help='CSV files that ablation.py wrote')
     parser.add_argument('--output', type=Path, metavar='DIR', help='write tables.md and the plots to this folder')
     parser.add_argument('--imagenet', action='store_true', help='also print Table 4, of the registered networks')
@@ -36,6 +39,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f'--rounds {args.rounds}: expected 0 or more')
     if not args.csv and not args.imagenet:
         parser.error('nothing to do: give CSV files, or --imagenet')
+    for path in args.csv:
+        if not path.is_file():
+            problem = 'it is a folder' if path.is_dir() else 'the file does not exist'
+            parser.error(f'argument CSV: {path}: {problem}; expected a CSV file that ablation.py wrote')
+    if args.imagenet:
+        try:
+            torch.empty(0, device=args.device)
+        except (RuntimeError, AssertionError) as error:
+            parser.error(f'argument --device: {args.device!r} cannot be used: {str(error).splitlines()[0]}')
     try:
         rows = first_rows([row for path in args.csv for row in read_rows(path)])
         if args.csv and not rows:
@@ -46,9 +58,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.output:
             print('\nWrote:', *write_tables(rows, text, args.output), sep='\n')
     except ImportError as error:
-        parser.error(f"{error}; install it by `pip install 'timm_atac[viz]'`")
-    except (OSError, RuntimeError, StoreError) as error:  # RuntimeError: the device does not exist
+        parser.error(f'{error}; install it by `pip install {error.name or "matplotlib"}`')
+    except StoreError as error:
         parser.error(str(error))
+    except OSError as error:
+        parser.error(f'{error.filename}: {error.strerror}' if error.filename else str(error))
     return 0
 
 

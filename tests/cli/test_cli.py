@@ -130,7 +130,8 @@ def test_convert_refuses(run) -> None:
             'belongs to atac_resnet50.open_atac',
         ),
         ((PARAMS, 'x', '--model', 'atac_resnet8_cifar', '--tag', 'a/b'), "the tag 'a/b' is not valid"),
-        (('absent', 'x', '--model', 'atac_resnet50'), "No such file or directory: 'absent'"),
+        (('absent', 'x', '--model', 'atac_resnet50'), 'SOURCE absent: the file does not exist'),
+        (('absent', 'x'), 'SOURCE absent: the file does not exist; expected a .params file, or a folder'),
         ((__file__, 'x', '--model', 'atac_resnet50'), 'is not a .params file. It is text'),
         (
             (PARAMS, 'x', '--model', 'atac_resnet50.open_atac_in1k'),
@@ -152,8 +153,14 @@ def test_convert_refuses(run) -> None:
     status, _, errors = run('convert', PARAMS, 'x', '--model', 'atac_resnet14_cifar')
     assert status == 1
     expected = len(to_arrays(timm.create_model('atac_resnet14_cifar')))
-    assert f'The 113 arrays do not fit the {expected} of this CifarResNet' in errors
+    assert f'A file of 113 arrays does not fit this CifarResNet of {expected};' in errors
     assert "missing: 'features.2.1.bn1.gamma' (16,)" in errors
+    lines = errors.splitlines()
+    assert lines[-2:] == [
+        f'  ... {expected - 113 - 5} more',
+        '  The arrays fit another network: give --model atac_resnet8_cifar.',
+    ]
+    assert len(lines) == 9
     assert not os.listdir('.')
 
 
@@ -254,9 +261,15 @@ def test_gates(run) -> None:
         return run('gates', 'red.png', '--model', *arguments)
 
     torch.save({'state_dict': state_dict, 'args': Path}, 'code.pth')  # a pickle that needs more than tensors
-    fails(gates('resnet8_cifar', *kwargs, '--checkpoint', 'code.pth'), 'code.pth does not load into CifarResNet: ')
-    fails(gates('atac_resnet8_cifar', '--checkpoint', 'c.pth'), 'c.pth does not load into CifarResNet: Error(s) in')
-    fails(gates('atac_resnet18', '--checkpoint', 'absent.pth'), 'absent.pth is not a file')
+    fails(
+        gates('resnet8_cifar', *kwargs, '--checkpoint', 'code.pth'), 'code.pth is not a checkpoint that can be read: '
+    )
+    fails(
+        gates('atac_resnet8_cifar', '--checkpoint', 'c.pth'),
+        "c.pth does not fit atac_resnet8_cifar: 'fc.weight' is (3, 64) in the file and (10, 64) in the network, "
+        "'fc.bias' is (3,) in the file and (10,) in the network. Give --model-kwargs num_classes=3.",
+    )
+    fails(gates('atac_resnet18', '--checkpoint', 'absent.pth'), '--checkpoint absent.pth: the file does not exist')
     fails(gates('net'), 'net is a folder: give --model local-dir:net')
     fails(gates('atac_resnet18', '-o', 'x.jpg'), '-o x.jpg: expected the name of a PNG file')
     fails(gates('atac_resnet18', '--model-kwargs', 'checkpoint_path=x'), 'is not an argument of the network itself')
@@ -266,9 +279,8 @@ def test_gates(run) -> None:
     )
     fails(gates('resnet8_cifar', '--untrained'), 'has no unit with a gate')
     fails(gates('atac_resnet9'), "timm has no model 'atac_resnet9'")
-    fails(
-        run('gates', 'absent.png', '--model', 'atac_resnet18', '--untrained'), "No such file or directory: 'absent.png'"
-    )
+    image_is_missing = run('gates', 'absent.png', '--model', 'atac_resnet18', '--untrained')
+    fails(image_is_missing, 'IMAGE absent.png: the file does not exist; expected an image')
     fails(run('gates', __file__, '--model', 'atac_resnet18', '--untrained'), 'as an image')
 
 
@@ -333,8 +345,8 @@ def test_gates_of_several_models(run) -> None:
     status, output, _ = gates('resnet8_cifar', 'resnet8_cifar', '--checkpoint', 'relu.pth', 'other.pth')
     assert status == 0 and 'resnet8_cifar relu.pth' in output and 'resnet8_cifar other.pth' in output
 
-    fails(gates(*pair, '--checkpoint', 'relu.pth'), '--checkpoint has 1 files for 2 models: expected one for each')
-    fails(gates(*pair, '--checkpoint', 'relu.pth', 'absent.pth'), 'absent.pth is not a file')
+    fails(gates(*pair, '--checkpoint', 'relu.pth'), '--checkpoint has 1 file for 2 models: expected one for each')
+    fails(gates(*pair, '--checkpoint', 'relu.pth', 'absent.pth'), '--checkpoint absent.pth: the file does not exist')
     fails(gates('resnet8_cifar', 'resnet8_cifar', '--untrained'), '--model has resnet8_cifar twice')
     fails(gates('resnet8_cifar', 'resnet9', '--untrained'), "timm has no model 'resnet9'")
     fails(gates('resnet8_cifar', 'net'), 'net is a folder: give --model local-dir:net')
@@ -357,7 +369,7 @@ def test_list(run) -> None:
     assert ['cifar100', 'none'] in rows
     assert not any(row[0].startswith('resnet') for row in rows)
     assert run('list', NAME)[1].splitlines()[1].startswith('atac_resnet50 ')
-    fails(run('list', 'convnext*'), "no model matches 'convnext*'")
+    fails(run('list', 'convnext*'), "no model of timm_atac matches 'convnext*'; `timm-atac list` shows all")
 
 
 @pytest.mark.slow

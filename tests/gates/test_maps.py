@@ -243,7 +243,7 @@ def test_errors(model, shape, message) -> None:
 def test_error_if_none_is_called() -> None:
     model = nn.Conv2d(3, 3, 1)
     model.unit = ATAC(3)  # type: ignore[assignment]
-    with pytest.raises(ValueError, match='calls none of its 1 units'):
+    with pytest.raises(ValueError, match='has 1 module with a gate, and its forward pass calls none'):
         gate_maps(model, torch.zeros(1, 3, 8, 8))
 
 
@@ -320,7 +320,7 @@ def test_errors_of_types(small) -> None:
         gate_maps(small, x, (nn.ReLU, NiN))
     with pytest.raises(ValueError, match=r'CifarResNet has no module of types=\(GELU, SEModule\)'):
         gate_maps(small, x, (nn.GELU, SEModule))
-    with pytest.raises(ValueError, match='calls none of its 1 modules of these types'):
+    with pytest.raises(ValueError, match='has 1 module of these types, and its forward pass calls none'):
         model = nn.Conv2d(1, 1, 1)
         model.unused = nn.ReLU()  # type: ignore[assignment]
         gate_maps(model, x, nn.ReLU)

@@ -141,7 +141,7 @@ def test_comparison_errors(tmp_path) -> None:
 
     relu, grey = (timm.create_model('resnet8_cifar', in_chans=chans) for chans in (3, 1))
     fails({}, '0 models: expected at least two')
-    fails({'ReLU': relu}, '1 models: expected at least two to compare; gates_picture draws one')
+    fails({'ReLU': relu}, '1 model: expected at least two to compare; gates_picture draws one')
     fails({'ReLU': relu, 'grey': grey}, 'different images: ReLU 3x32x32, grey 1x32x32')
     resnet: Any = timm.create_model('test_resnet')
     fails({'ReLU': relu, 'R': resnet}, 'different images: ReLU 3x32x32, R 3x160x160. .*compare_picture.*img_size=')
@@ -166,6 +166,24 @@ def test_a_registered_activation_is_compared(tmp_path) -> None:
     assert len(compare_picture(models, photo(32, 32), tmp_path / 'gates.png')['a']) == 4
 
 
+def test_arguments_of_a_wrong_kind(tmp_path) -> None:
+    model, image, path = timm.create_model('atac_resnet8_cifar'), photo(8, 8), tmp_path / 'gates.png'
+    calls: list[tuple[Any, str]] = [
+        (lambda: compare_picture([model, model], image, path), 'models is a list: expected a mapping label -> model'),  # type: ignore[arg-type]
+        (lambda: compare_picture({'a': model, 'b': 3}, image, path), r"models\['b'\] is a int: expected a network"),  # type: ignore[dict-item]
+        (lambda: gates_picture('atac_resnet50', image, path), 'model is a str: expected a network'),  # type: ignore[arg-type]
+        (lambda: gates_picture(model, 'red.png', path), 'image is a str: expected a PIL image'),  # type: ignore[arg-type]
+        (lambda: gate_maps(model, [1]), 'x is a list: expected a tensor'),  # type: ignore[arg-type]
+        (lambda: plot_gates([1], image, path), 'gates is a list: expected a mapping name -> gates'),  # type: ignore[arg-type]
+        (lambda: plot_comparison({'a': [1]}, image, path), 'expected a mapping label -> gates'),  # type: ignore[dict-item]
+        (lambda: plot_gates({'a': torch.rand(1, 2, 2, 2)}, 'red.png', path), 'image is a str'),  # type: ignore[arg-type]
+    ]
+    for call, message in calls:
+        with pytest.raises(TypeError, match=message):
+            call()
+    assert not path.exists()
+
+
 def test_public_names() -> None:
     assert timm_atac.viz.gate_maps is gate_maps
     assert 'viz' in dir(timm_atac)
@@ -183,7 +201,7 @@ def test_without_matplotlib(tmp_path, monkeypatch) -> None:
         return real(name, *args)
 
     monkeypatch.setattr(builtins, '__import__', without)
-    with pytest.raises(ImportError, match=r"pip install 'timm_atac\[viz\]'"):
+    with pytest.raises(ImportError, match='pip install matplotlib'):
         plot_gates({'act': torch.rand(1, 8, 2, 2)}, np.zeros((8, 8)), tmp_path / 'gates.png')
 
 

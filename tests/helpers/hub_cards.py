@@ -6,6 +6,8 @@ from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 
+from timm_atac.hub.licenses import LICENSES
+
 RESULT = {'task': {'type': str}, 'dataset': {'type': str, 'name': str}, 'metrics': [{'type': str, 'value': object}]}
 CARD = {  # the types of these keys in the metadata of a README.md; each key is optional
     'model-index': [{'name': str, 'results': [RESULT]}],
@@ -16,16 +18,6 @@ CARD = {  # the types of these keys in the metadata of a README.md; each key is 
     'pipeline_tag': str,
 }
 ARTICLES = {str: 'a string', list: 'an array', dict: 'of type object'}
-LICENSES = """
-    afl-3.0 agpl-3.0 apache-2.0 apple-amlr apple-ascl artistic-2.0 bigcode-openrail-m bigscience-bloom-rail-1.0
-    bigscience-openrail-m bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear bsl-1.0 c-uda cc cc-by-2.0 cc-by-2.5
-    cc-by-3.0 cc-by-4.0 cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0 cc-by-nc-nd-3.0 cc-by-nc-nd-4.0 cc-by-nc-sa-2.0
-    cc-by-nc-sa-3.0 cc-by-nc-sa-4.0 cc-by-nd-4.0 cc-by-sa-3.0 cc-by-sa-4.0 cc0-1.0 cdla-permissive-1.0
-    cdla-permissive-2.0 cdla-sharing-1.0 creativeml-openrail-m deepfloyd-if-license ecl-2.0 epl-1.0 epl-2.0 etalab-2.0
-    eupl-1.1 eupl-1.2 fair-noncommercial-research-license gemma gfdl gpl gpl-2.0 gpl-3.0 h-research intel-research isc
-    lgpl lgpl-2.1 lgpl-3.0 lgpl-lr llama2 llama3 llama3.1 llama3.2 llama3.3 llama4 lppl-1.3c mit mpl-2.0 ms-pl ncsa
-    odbl odc-by ofl-1.1 openmdw-1.0 openrail openrail++ osl-3.0 other pddl postgresql unknown unlicense wtfpl zlib
-""".split()
 
 
 def card_metadata(card: str) -> Any:
@@ -47,7 +39,7 @@ def card_errors(card: str) -> list[str]:
     licenses = metadata.get('license', [])
     licenses = licenses if isinstance(licenses, list) else [licenses]
     if not all(isinstance(name, str) and name in LICENSES for name in licenses):
-        errors.append(f'"license" must be one of [{", ".join(LICENSES)}]')
+        errors.append(f'"license" must be one of [{", ".join(sorted(LICENSES))}]')
     if 'other' in licenses and 'license_name' not in metadata:
         errors.append('"license_name" is required')
     return errors

@@ -244,7 +244,12 @@ def test_picture() -> None:
 @pytest.mark.parametrize(
     'text, message',
     [
-        ('licence: mit', 'unknown licence in facts, expected description, weights, name, base_model, license'),
+        (
+            'licence: mit',
+            r"unknown licence \(did you mean 'license'\?\) in facts, expected description, weights, name, base_model",
+        ),
+        ('license: apache2', "the licence 'apache2' is not known to the Hub; did you mean 'apache-2.0'"),
+        ('license: other', "the licence 'other' needs license_name"),
         ('[1, 2]', r'facts is \[1, 2\], expected a mapping'),
         ('a: [', 'is not YAML'),
         ('description: [x]', r"description is \['x'\], expected a text"),
@@ -254,7 +259,7 @@ def test_picture() -> None:
         ('papers: [{title: x}]', r"papers\[0\] has no url: \{'title': 'x'\}"),
         ('papers: [{title: x, url: null}]', r'papers\[0\] has no url'),
         ('papers: [x]', r"papers\[0\] is 'x', expected a mapping"),
-        ('datasets: [{name: x, ID: x}]', r'unknown ID in datasets\[0\], expected name, id'),
+        ('datasets: [{name: x, ID: x}]', r"unknown ID \(did you mean 'id'\?\) in datasets\[0\], expected name, id"),
         (
             'results: [{dataset: x, id: x, split: x, source: {}, metrics: {a: 1}}]',
             r'results\[0\].source has no name, url',
@@ -285,7 +290,8 @@ def test_all_wrong_facts_in_one_error(tmp_path) -> None:
         read_facts(path)
     names = [field.name for field in fields(CardFacts)]
     assert str(caught.value) == (
-        f'{path}: unknown licence in facts, expected {", ".join(names)}; description is 3, expected a text; '
+        f"{path}: unknown licence (did you mean 'license'?) in facts, expected "
+        f'{", ".join(names)}; description is 3, expected a text; '
         "papers[0] has no url: {'title': 'x'}; papers[1].title is 4, expected a text; "
         "comparison has no rows: {'text': 'x'}."
     )

@@ -173,6 +173,10 @@ def test_refusals(hub, run, folder) -> None:
     assert "'me/a..b' is not the name of a repository" in found[3]
     assert 'expected OWNER/NAME' in found[4]
     assert 'give --repo OWNER/NAME, or set TIMM_ATAC_HUB_ORG' in found[5]
+    (letter,) = errors(('hf_\u00e4', '--repo', 'me/net'))
+    assert 'HF_TOKEN has a letter that no token has' in letter and '\u00e4' not in letter
+    (empty,) = (error_of(run(PUSH, folder.parent, '--repo', 'me/net', token='')),)
+    assert 'has no config.json' in empty  # before the token
     (offline,) = errors((right, '--repo', 'me/net'), HF_HUB_OFFLINE='1')
     assert 'HF_HUB_OFFLINE is set; unset it' in offline
     (nowhere,) = errors((right, '--repo', 'me/net'), HF_ENDPOINT='http://127.0.0.1:9')
@@ -182,9 +186,12 @@ def test_refusals(hub, run, folder) -> None:
     # after a card that the Hub refuses, the new repository is deleted
     card = folder / 'README.md'
     text = card.read_text()
-    card.write_text(text.replace('license: apache-2.0', 'license: other'))
+    card.write_text(text.replace('license: apache-2.0', 'license: apache-2.0\nlicense_link: 3'))
     (unfit,) = errors((right, '--repo', 'me/net', '--yes'))
     assert 'The Hub refuses the card' in unfit
+    card.write_text(text.replace('license: apache-2.0', 'license: apache2'))
+    (wrong,) = errors((right, '--repo', 'me/net', '--yes'))
+    assert "the licence 'apache2' is not known to the Hub; did you mean 'apache-2.0'?" in wrong
     assert not hub.repositories
     card.write_text(text)
 

@@ -249,3 +249,24 @@ def test_errors_change_nothing(kwargs, message) -> None:
     with pytest.raises(ValueError, match=message):
         replace_activations(model, **kwargs)
     assert repr(model) == before
+
+
+def test_report_in_a_notebook() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())
+    replace_activations(model, example_input=torch.zeros(1, 3, 8, 8))
+    report: Any = model.replaced_activations
+    assert str(report).startswith('1 unit (atac)\n')
+    assert repr(report).startswith("Report(act='atac'")
+    html = report._repr_html_()
+    assert '<tr><td>1</td><td>ReLU</td><td>8</td><td>NCHW</td><td>1</td></tr>' in html
+
+
+def test_messages_of_wrong_arguments() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())
+    with pytest.raises(ValueError, match=r'There is 1 activation module: 1\.$'):
+        replace_activations(model, where='x*')
+    with pytest.raises(ValueError, match="act='atca': did you mean 'atac'"):
+        replace_activations(model, 'atca')
+    with pytest.raises(ValueError, match=r'[^. ]\. Give an example_input') as caught:
+        replace_activations(model, example_input=3)
+    assert '\n' not in str(caught.value)

@@ -4,6 +4,7 @@ import hashlib
 import io
 import pickle
 import shutil
+import sys
 import tarfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -242,3 +243,11 @@ def test_augmentation_of_the_authors() -> None:
     assert (columns > 15).float().mean().item() == pytest.approx(0.5, abs=0.03)
     counts = torch.bincount(rows - 11)
     assert counts.min() > 4000 / 9 * 0.8  # all positions are equally likely
+
+
+def test_digits_without_scikit_learn(tmp_path, monkeypatch) -> None:
+    program = pytest.importorskip('digits')
+    monkeypatch.setitem(sys.modules, 'sklearn.datasets', None)
+    with pytest.raises(SystemExit, match=r'error: The digits need scikit-learn .*: pip install scikit-learn$'):
+        program.main([str(tmp_path / 'digits')])
+    assert not (tmp_path / 'digits').exists()

@@ -222,10 +222,10 @@ def test_imagenet_table(monkeypatch, tmp_path, capsys) -> None:
     'text, arguments, message',
     [
         (None, [], 'nothing to do: give CSV files, or --imagenet'),
-        (None, ['{path}'], 'No such file'),
+        (None, ['{path}'], 'rows.csv: the file does not exist; expected a CSV file that ablation.py wrote'),
         (None, ['--imagenet', '--rounds', '-1'], '--rounds -1: expected 0 or more'),
         (None, ['--imagenet', '--device', 'gpu'], 'gpu'),
-        ('a,b\n', ['{path}'], "has the columns 'a,b'"),
+        ('a,b\n', ['{path}'], 'more; unknown a, b.'),
         (','.join(store.COLUMNS), ['{path}'], 'there are no rows in'),
     ],
 )

@@ -74,7 +74,7 @@ def test_all_faults_in_one_error() -> None:
     with pytest.raises(ConversionError) as caught:
         to_state_dict(arrays, model)
     heading, *problems = str(caught.value).splitlines()
-    assert 'The 112 arrays do not fit the 113 of this CifarResNet' in heading
+    assert 'A file of 112 arrays does not fit this CifarResNet of 113;' in heading
     assert sorted(line.strip() for line in problems) == sorted(
         [
             "missing: 'features.1.weight' (16, 3, 3, 3)",
@@ -105,8 +105,8 @@ def test_other_classes_and_channels() -> None:
     assert found['data_bn.running_mean'].shape == (3,)
     assert found['fc.weight'].shape == (10, 64)
     with pytest.raises(ConversionError, match=r"'output.weight' is \(10, 64\) of float32, expected \(0, 64\)"):
-        to_state_dict(arrays, model)
-    with pytest.raises(ValueError, match='no classifier'):
+        to_state_dict(arrays, model, in_chans=3)
+    with pytest.raises(ConversionError, match='no classifier'):
         to_arrays(model)
 
 

@@ -4,7 +4,15 @@ import ast
 from pathlib import Path
 from typing import Any
 
-__all__ = ['IMAGE_HELP', 'MODEL_KWARGS_HELP', 'NAME_HELP', 'CliError', 'open_image', 'parse_model_kwargs']
+__all__ = [
+    'IMAGE_HELP',
+    'MODEL_KWARGS_HELP',
+    'NAME_HELP',
+    'CliError',
+    'check_file',
+    'open_image',
+    'parse_model_kwargs',
+]
 
 NAME_HELP = 'ARCH or ARCH.TAG, as `timm-atac list` shows them'
 IMAGE_HELP = "image for the picture of the gates (default: matplotlib's sample)"
@@ -38,10 +46,26 @@ def parse_model_kwargs(pairs: list[str]) -> dict[str, Any]:
     return kwargs
 
 
-def open_image(path: Path | None) -> Any:
-    """Return the image in a file, None if `path` is None."""
+def check_file(path: Path, argument: str, expected: str) -> None:
+    """Check that an argument is the path of a file that can be read.
+
+    Args:
+        path: The path that was given.
+        argument: Name of the argument, for the message.
+        expected: What the file should be, for the message.
+    """
+    if path.is_file():
+        return
+    problem = 'it is not a file' if path.exists() else 'the file does not exist'
+    problem = 'it is a folder' if path.is_dir() else problem
+    raise CliError(f'{argument} {path}: {problem}; expected {expected}.')
+
+
+def open_image(path: Path | None, argument: str = '--image') -> Any:
+    """Return the image in a file, None if `path` is None. `argument` is the argument of the command, for messages."""
     if path is None:
         return None
+    check_file(path, argument, 'an image that Pillow reads')
     from PIL import Image, UnidentifiedImageError
 
     try:
@@ -49,4 +73,6 @@ def open_image(path: Path | None) -> Any:
             file.load()
             return file
     except UnidentifiedImageError:
-        raise CliError(f'Pillow cannot read {path} as an image.') from None
+        raise CliError(f'{argument} {path}: Pillow cannot read it as an image.') from None
+    except OSError as error:  # truncated or damaged
+        raise CliError(f'{argument} {path} cannot be read: {error.strerror or error}.') from None

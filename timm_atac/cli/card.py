@@ -6,16 +6,17 @@ exist or --image is given, and card.yaml. README.md is replaced: keep your own t
     timm-atac card OUT_DIR --facts card.yaml
     timm-atac card atac_resnet50.open_atac_in1k
 
-The facts are name, description, base_model, license, license_name, license_link, license_note, origin, datasets, papers,
-results, hyperparameters, comparison, citations, picture_credit; hub_configs/ in the package or its repository has an
-example. The command adds weights, a hash of the tensors that the facts describe, and refuses facts of other weights.
+The facts are description, name, base_model, license, license_name, license_link, license_note, origin, datasets,
+papers, results, hyperparameters, comparison, citations, picture_credit; hub_configs/ in the package or its repository
+has an example. The command adds the fact weights, a hash of the tensors that the facts describe, and refuses facts of
+other weights.
 """
 
 import argparse
 import logging
 from pathlib import Path
 
-from .arguments import IMAGE_HELP, CliError, open_image
+from .arguments import IMAGE_HELP, CliError, check_file, open_image
 
 __all__ = ['add_arguments', 'run']
 
@@ -31,9 +32,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    if args.facts:
+        check_file(args.facts, '--facts', 'a YAML file with the facts of the card')
     from ..hub.card import REPO, render
     from ..hub.export import ASKED, FACTS, PICTURE, write_card
-    from ..hub.facts import config_folder, read_facts
+    from ..hub.facts import config_folder, config_names, read_facts
+    from ..utils.words import did_you_mean
     from ..weights.folder import read_config
 
     folder = Path(args.target)
@@ -46,7 +50,9 @@ def run(args: argparse.Namespace) -> None:
         return
     tag_folder = config_folder(args.target)
     if tag_folder is None:
-        raise CliError(f'{args.target!r} is neither a folder nor a tag that has a card.')
+        names = config_names()
+        hint = did_you_mean(args.target, names) or f'{" and ".join(names) or "no tag"} has one.'
+        raise CliError(f'{args.target!r} is neither a folder nor a tag that has a card; {hint}')
     if args.image:
         raise CliError('--image is for a folder, which has the weights.')
     _logger.info('%s and %s are filled in when the weights are exported and pushed.', REPO, PICTURE)

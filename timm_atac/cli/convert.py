@@ -12,7 +12,7 @@ import argparse
 import re
 from pathlib import Path
 
-from .arguments import IMAGE_HELP, MODEL_KWARGS_HELP, NAME_HELP, CliError, open_image, parse_model_kwargs
+from .arguments import IMAGE_HELP, MODEL_KWARGS_HELP, NAME_HELP, CliError, check_file, open_image, parse_model_kwargs
 
 __all__ = ['add_arguments', 'run']
 
@@ -32,6 +32,7 @@ def run(args: argparse.Namespace) -> None:
     if args.source.is_dir():
         _to_params(args)
     else:
+        check_file(args.source, 'SOURCE', 'a .params file, or a folder')
         _to_folder(args)
 
 

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .arguments import MODEL_KWARGS_HELP, NAME_HELP, CliError, open_image, parse_model_kwargs
+from .arguments import MODEL_KWARGS_HELP, NAME_HELP, CliError, check_file, open_image, parse_model_kwargs
 from .table import print_table
 
 __all__ = ['add_arguments', 'run']
@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> None:
     names = _labels(args.model, args.checkpoint)
     from ..gates.pictures import compare_picture, gates_picture
 
-    image = open_image(args.image)
+    image = open_image(args.image, 'IMAGE')
     models = _create(names, args)
     note = 'random weights' if args.untrained else None
     if len(models) > 1:
@@ -85,9 +85,9 @@ def _labels(names: Sequence[str], checkpoints: Sequence[Path]) -> dict[str, str]
     the checkpoint is added if a model is given several times.
     """
     if checkpoints and len(checkpoints) != len(names):
-        raise CliError(
-            f'--checkpoint has {len(checkpoints)} files for {len(names)} models: expected one for each, in that order.'
-        )
+        files = f'{len(checkpoints)} file{"s" * (len(checkpoints) > 1)}'
+        models = f'{len(names)} model{"s" * (len(names) > 1)}'
+        raise CliError(f'--checkpoint has {files} for {models}: expected one for each, in that order.')
     labels = [
         Path(name.removeprefix('local-dir:')).name if len(names) > 1 and name.startswith('local-dir:') else name
         for name in names
@@ -122,64 +122,88 @@ def _statistics(gate: Any) -> str:
 
 def _create(names: dict[str, str], args: argparse.Namespace) -> dict[str, Any]:
     """Return the models with their weights by label."""
-    from ..hub.convert_files import create_model
+    from ..hub.convert_files import ModelError, create_model
+    from ..weights.folder import read_config
 
     for name in names.values():
         if Path(name).is_dir():
             raise CliError(f'{name} is a folder: give --model local-dir:{name}')
+        if name.startswith('local-dir:'):
+            folder = Path(name.removeprefix('local-dir:'))
+            if not folder.is_dir():
+                problem = 'it is not a folder' if folder.exists() else 'the folder does not exist'
+                raise CliError(f'--model {name}: {problem}; expected one that `timm-atac convert` has written.')
+            read_config(folder)
     for path in args.checkpoint:
-        if not path.is_file():
-            raise CliError(f'{path} is not a file.')
+        check_file(path, '--checkpoint', "a checkpoint of timm's train.py or a .params file")
     pretrained = not args.untrained and not args.checkpoint
     kwargs = parse_model_kwargs(args.model_kwargs)
     _check_models(names, kwargs)
     try:
         models = {label: create_model(name, pretrained=pretrained, **kwargs) for label, name in names.items()}
-    except ValueError as error:
+    except ModelError as error:
         hint = ' Give other weights with --checkpoint FILE, or random ones with --untrained.' if pretrained else ''
         raise CliError(f'{str(error).rstrip(".")}.{hint}') from error
-    for model, path in zip(models.values(), args.checkpoint, strict=False):  # there are no files, or as many as models
-        _load_checkpoint(model, path)
+    for label, path in zip(models, args.checkpoint, strict=False):  # there are no files, or as many as models
+        _load_checkpoint(names[label], models[label], path)
     return models
 
 
 def _check_models(names: dict[str, str], kwargs: dict[str, Any]) -> None:
     """Check before a download that the gates of the models can be drawn."""
-    from timm.models import is_model
-
     from ..gates.pictures import check_comparable, gated_units
-    from ..hub.convert_files import create_model
+    from ..hub.convert_files import check_names, create_model
 
     known = {label: name for label, name in names.items() if ':' not in name}
-    for name in known.values():
-        if not is_model(name.partition('.')[0]):
-            raise CliError(f'timm has no model {name!r}; see `timm-atac list`.')
+    check_names(list(known.values()))
     if len(known) < len(names):
         return  # models of folders and of the Hub are checked when they are loaded
     models = {label: create_model(name, device='meta', **kwargs) for label, name in known.items()}
     if len(models) > 1:
         check_comparable(models)
     elif not gated_units(*models.values()):
+        (name,) = known.values()
         raise CliError(
             f'{name} has no unit with a gate; --model-kwargs act_layer=atac gives some to a model of timm. Several '
             f'models are drawn side by side with whatever gates they have.'
         )
 
 
-def _load_checkpoint(model: Any, path: Path) -> None:
+def _load_checkpoint(name: str, model: Any, path: Path) -> None:
     """Load a `.params` file, or a checkpoint in a format of timm without running code from it."""
-    from timm.models import load_checkpoint
+    from timm.models import load_checkpoint, load_state_dict
     from torch.serialization import safe_globals
 
-    from ..weights.convert import to_state_dict
+    from ..utils.words import one_line
+    from ..weights.convert import ConversionError, array_shapes, to_state_dict
+    from ..weights.mismatch import describe_mismatch
     from ..weights.params import is_params, read_params
 
+    head = str(model.pretrained_cfg.get('classifier') or '')
     if is_params(path):
-        model.load_state_dict(to_state_dict(read_params(path), model))
+        arrays = read_params(path)
+        try:
+            model.load_state_dict(to_state_dict(arrays, model))
+        except ConversionError:
+            shapes = {key: array.shape for key, array in arrays.items()}
+            expected = array_shapes(model)  # an error if the authors have no such network
+            head = 'output' if 'output.bias' in expected else head
+            raise CliError(f'{path} does not fit {name}: {describe_mismatch(shapes, expected, head)}') from None
         return
-    try:
-        with safe_globals([argparse.Namespace]):  # train.py saves its arguments
+    with safe_globals([argparse.Namespace]):  # train.py saves its arguments
+        try:
             load_checkpoint(model, str(path), weights_only=True)
-    except Exception as error:
-        line = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CliError(f'{path} does not load into {type(model).__name__}: {line}') from error
+        except Exception as error:
+            try:
+                found = {key: tensor.shape for key, tensor in load_state_dict(str(path), weights_only=True).items()}
+            except Exception:  # the file is not a checkpoint, or is damaged
+                raise CliError(f'{path} is not a checkpoint that can be read: {_first_line(error)}') from error
+            own = {key: tensor.shape for key, tensor in model.state_dict().items()}
+            if found == own:
+                raise CliError(f'{path} does not load into {name}: {one_line(error)}') from error
+            raise CliError(f'{path} does not fit {name}: {describe_mismatch(found, own, head)}') from error
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -24,9 +24,11 @@ def run(args: argparse.Namespace) -> None:
 
     from .._register import MODULES
     from ..hub.profile import profile
+    from ..utils.words import counted, did_you_mean
 
     rows = [('model', 'params', 'MACs', 'tags', 'weights')]
-    for name in timm.list_models(module=list(MODULES)):
+    names = timm.list_models(module=list(MODULES))
+    for name in names:
         cfgs = get_arch_pretrained_cfgs(name)
         if not any(fnmatch(text, args.pattern) for text in (name, *cfgs)):
             continue
@@ -37,5 +39,9 @@ def run(args: argparse.Namespace) -> None:
             rows.append((*cells, full_name.partition('.')[2], weights))
             cells = ('', '', '')  # once for each model
     if len(rows) == 1:
-        raise CliError(f'no model matches {args.pattern!r}.')
+        wider = f'*{args.pattern.strip("*")}*'
+        hint = did_you_mean(args.pattern, names)
+        if found := sum(fnmatch(name, wider) for name in names):
+            hint = f'{wider!r} (in quotes) matches {counted(found, "model")}.'
+        raise CliError(f'no model of timm_atac matches {args.pattern!r}; {hint or "`timm-atac list` shows all."}')
     print_table(rows)

@@ -38,19 +38,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from huggingface_hub.constants import ENDPOINT
 
-    from ..hub.push import check_folder, check_token, name_of, push, resolve_repo
+    from ..hub.push import check_folder, check_token, push, resolve_repo
+    from ..utils.words import did_you_mean
 
     if args.model and args.model not in PUBLISHED:
-        raise CliError(
-            f'{args.model!r} has no published weights; {", ".join(PUBLISHED)} has. Convert other weights, then push.'
-        )
-    repo = resolve_repo(args.repo, args.model or name_of(args.folder))
-    if not args.dry_run:
-        check_token()
+        hint = did_you_mean(args.model, PUBLISHED) or f'{" and ".join(PUBLISHED)} has.'
+        raise CliError(f'{args.model!r} has no published weights; {hint} Convert other weights, then push.')
+    if args.folder and not args.folder.is_dir():
+        problem = 'it is not a folder' if args.folder.exists() else 'the folder does not exist'
+        raise CliError(f'OUT_DIR {args.folder}: {problem}; expected one that `timm-atac convert` has written.')
+    if args.model:  # before the download
+        resolve_repo(args.repo, args.model)
+        if not args.dry_run:
+            check_token()
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.folder or _download(args.model, Path(temporary, 'folder'))
         _logger.info('Checking %s', folder)
-        checked = check_folder(folder, repo)
+        checked = check_folder(folder, args.repo)
+        repo = checked.repo
+        if not args.dry_run:
+            check_token()
         print(f'{checked.name} -> {repo}{" (private, if it is new)" if args.private else ""}')
         for file, size in checked.files.items():
             print(f'  {file:18} {size / 1e3:10,.1f} kB')

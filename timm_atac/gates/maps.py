@@ -13,10 +13,16 @@ from ..units.atac import ATAC
 from ..units.infer_width import width_at
 from ..units.xunit import XUnit
 from ..utils.forward_pass import evaluation_mode
+from ..utils.words import counted
 from .gate import UNITS, has_gate, in_layout_of_input, output_of_gate_layer, unknown_gate, without_compiled_code
 from .gate import gate as gate_of
 
-__all__ = ['ModuleTypes', 'gate_maps', 'gate_maps_and_block_ends', 'gated_units', 'modules_of_types']
+__all__ = ['GatesError', 'ModuleTypes', 'gate_maps', 'gate_maps_and_block_ends', 'gated_units', 'modules_of_types']
+
+
+class GatesError(ValueError):
+    """The gates of a model cannot be recorded or drawn; the message says why, and what to do."""
+
 
 ModuleTypes = type[nn.Module] | tuple[type[nn.Module], ...] | None
 
@@ -57,7 +63,7 @@ def gate_maps(model: nn.Module, x: torch.Tensor, types: ModuleTypes = None) -> d
         an activation is inferred from the layers next to it.
 
     Raises:
-        ValueError: The model has no unit with a gate, or calls none, or `x` is not (B, C, H, W) with B >= 1.
+        GatesError: The model has no unit with a gate, or calls none, or `x` is not (B, C, H, W) with B >= 1.
         TypeError: `timm_atac.gate` does not support one of `types`.
 
     Source:
@@ -73,6 +79,7 @@ def gate_maps_and_block_ends(
 
     In a residual block this is the activation after the addition.
     """
+    check_model(model)
     _check_types(types)
     modules = modules_of_types(model, types)
     _check(model, x, types, modules)
@@ -87,10 +94,10 @@ def gate_maps_and_block_ends(
                 stack.callback(handle.remove)
         model(x.to(reference.device, reference.dtype))
     if not recorder.gates:
-        raise ValueError(
-            f'The forward pass of {type(model).__name__} calls none of its {len(modules)} '
-            f'{"units with a gate" if types is None else "modules of these types"}. If the model was compiled with '
-            f'PyTorch before 2.6, give the model before torch.compile.'
+        raise GatesError(
+            f'{type(model).__name__} has {counted(len(modules), "module")} '
+            f'{"with a gate" if types is None else "of these types"}, and its forward pass calls none of them. '
+            f'If the model was compiled with PyTorch before 2.6, give the model before torch.compile.'
         )
     return recorder.gates, frozenset(recorder.block_ends)
 
@@ -103,17 +110,27 @@ def _check_types(types: ModuleTypes) -> None:
             raise unknown_gate(cls)
 
 
+def check_model(model: Any, name: str = 'model') -> None:
+    """Raise a TypeError if an argument is not a module."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f'{name} is a {type(model).__name__}: expected a network, such as timm.create_model("atac_resnet50").'
+        )
+
+
 def _check(model: nn.Module, x: torch.Tensor, types: ModuleTypes, modules: dict[str, Any]) -> None:
     if not modules and types is None:
-        raise ValueError(
+        raise GatesError(
             f'{type(model).__name__} has no unit with a gate (ATAC, SEActivation, LocalSE): expected a model such as '
             f"atac_resnet50, one that timm made with act_layer='atac', or any after timm_atac.replace_activations."
         )
     if not modules:
         names = ', '.join(cls.__name__ for cls in (types if isinstance(types, tuple) else (types,)) if cls)
-        raise ValueError(f'{type(model).__name__} has no module of types=({names}): expected types that it has.')
+        raise GatesError(f'{type(model).__name__} has no module of types=({names}): expected types that it has.')
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f'x is a {type(x).__name__}: expected a tensor of images (B, C, H, W).')
     if x.ndim != 4 or not len(x):
-        raise ValueError(
+        raise GatesError(
             f'x of shape {tuple(x.shape)}: expected images (B, C, H, W), at least one; use x[None] for a single image.'
         )
 

@@ -15,8 +15,17 @@ from timm.data import create_transform, resolve_model_data_config
 
 from .._timm import input_size
 from ..units.atac import LocalSE
+from ..utils.words import counted
 from .gate import CHANNEL_ATTENTION, activation_types
-from .maps import ModuleTypes, gate_maps, gate_maps_and_block_ends, gated_units, modules_of_types
+from .maps import (
+    GatesError,
+    ModuleTypes,
+    check_model,
+    gate_maps,
+    gate_maps_and_block_ends,
+    gated_units,
+    modules_of_types,
+)
 from .plot import plot_comparison, plot_gates
 
 __all__ = [
@@ -58,9 +67,10 @@ def gates_picture(
         The gates, as from `gate_maps`, with B = 1.
 
     Raises:
-        ValueError: As `gate_maps`; the model takes images of another number of channels.
+        GatesError: As `gate_maps`; the model takes images of another number of channels.
         ImportError: matplotlib is not installed.
     """
+    check_model(model)
     config = _data_config(model, img_size)
     x = _to_input(image, config)
     gates = gate_maps(model, x[None])
@@ -99,7 +109,7 @@ def compare_picture(
         B = 1.
 
     Raises:
-        ValueError: There are fewer than two models, they have no block in common, or they take images of different
+        GatesError: There are fewer than two models, they have no block in common, or they take images of different
             sizes or channels.
         ImportError: matplotlib is not installed.
 
@@ -127,14 +137,21 @@ def check_comparable(models: Mapping[str, nn.Module], img_size: ImgSize = None) 
         img_size: As in `compare_picture`.
 
     Raises:
-        ValueError: As in `compare_picture`.
+        GatesError: As in `compare_picture`.
     """
+    if not isinstance(models, Mapping):
+        raise TypeError(
+            f"models is a {type(models).__name__}: expected a mapping label -> model, such as {{'ReLU': model_1, "
+            f"'ATAC': model_2}}."
+        )
+    for label, model in models.items():
+        check_model(model, f'models[{label!r}]')
     if len(models) < 2:
-        raise ValueError(f'{len(models)} models: expected at least two to compare; gates_picture draws one.')
+        raise GatesError(f'{counted(len(models), "model")}: expected at least two to compare; gates_picture draws one.')
     sizes = {label: _data_config(model, img_size)['input_size'] for label, model in models.items()}
     if len(set(sizes.values())) > 1:
         listed = ', '.join(f'{label} {"x".join(map(str, size))}' for label, size in sizes.items())
-        raise ValueError(
+        raise GatesError(
             f'The models take different images: {listed}. Expected the same channels and size. '
             f'`compare_picture(..., img_size=)` sets the size for models that take any.'
         )
@@ -196,7 +213,7 @@ def _common_blocks(blocks: Mapping[str, Mapping[str, list[str]]]) -> list[str]:
     common = [block for block in first if all(block in others for others in blocks.values())]
     if not common:
         listed = '; '.join(f'{label}: {", ".join(own) or "none"}' for label, own in blocks.items())
-        raise ValueError(
+        raise GatesError(
             f'The models have no block with a gate in common: {listed}. Expected models with the same blocks, such as '
             f'resnet50, seresnet50 and atac_resnet50.'
         )
@@ -207,7 +224,7 @@ def _data_config(model: nn.Module, img_size: ImgSize) -> dict[str, Any]:
     """Return timm's configuration of the image transforms for the validation of a model."""
     channels, *size = input_size(model)
     if channels not in (1, 3):
-        raise ValueError(
+        raise GatesError(
             f'{type(model).__name__} takes images of {channels} channels: expected 1 (grey) or 3 (RGB). For others, '
             f'call gate_maps with a tensor (B, {channels}, H, W), then plot_gates with an image to draw over.'
         )
@@ -222,6 +239,10 @@ def _data_config(model: nn.Module, img_size: ImgSize) -> dict[str, Any]:
 
 def _to_input(image: Image.Image, config: Mapping[str, Any]) -> torch.Tensor:
     """Return an image as the input of a model, (C, H, W)."""
+    if not isinstance(image, Image.Image):
+        raise TypeError(
+            f"image is a {type(image).__name__}: expected a PIL image, such as PIL.Image.open('photo.jpg')."
+        )
     transform: Callable[[Image.Image], Any] = create_transform(**config, is_training=False)
     return transform(image.convert('L' if config['input_size'][0] == 1 else 'RGB'))
 

@@ -12,6 +12,7 @@ from PIL import Image
 
 from .._files import replaced_file
 from .figure import Panel, draw
+from .maps import GatesError
 
 __all__ = ['plot_comparison', 'plot_gates']
 
@@ -37,13 +38,17 @@ def plot_gates(
         title: Title of the picture.
 
     Raises:
-        ValueError: `gates` is empty, one is not (B, C, ...) with B >= 1 or not finite; the image has another shape.
+        GatesError: `gates` is empty, one is not (B, C, ...) with B >= 1 or not finite; the image has another shape.
         ImportError: matplotlib is not installed.
     """
+    if not isinstance(gates, Mapping):
+        raise TypeError(
+            f'gates is a {type(gates).__name__}: expected a mapping name -> gates, as gate_maps returns it.'
+        )
     pixels = _pixels(image)
     panels = [_panel(name, gate, pixels.shape[1] / pixels.shape[0]) for name, gate in gates.items()]
     if not panels:
-        raise ValueError('gates={}: expected those of at least one layer, as timm_atac.viz.gate_maps returns them.')
+        raise GatesError('gates={}: expected those of at least one layer, as timm_atac.viz.gate_maps returns them.')
     _save(pixels, panels, path, title)
 
 
@@ -65,12 +70,14 @@ def plot_comparison(
         title: Title of the picture.
 
     Raises:
-        ValueError: There are no gates, the models have different numbers of layers, or as in `plot_gates`.
+        GatesError: There are no gates, the models have different numbers of layers, or as in `plot_gates`.
         ImportError: matplotlib is not installed.
     """
+    if not isinstance(gates, Mapping) or not all(isinstance(column, Mapping) for column in gates.values()):
+        raise TypeError('gates: expected a mapping label -> gates of a model, such as {label: gate_maps(model, x)}.')
     counts = {label: len(column) for label, column in gates.items()}
     if len(set(counts.values())) != 1 or 0 in counts.values():
-        raise ValueError(f'gates of {counts or "no model"}: expected as many layers of each model, at least one.')
+        raise GatesError(f'gates of {counts or "no model"}: expected as many layers of each model, at least one.')
     pixels = _pixels(image)
     aspect = pixels.shape[1] / pixels.shape[0]
     rows = zip(*(column.items() for column in gates.values()), strict=True)
@@ -88,7 +95,7 @@ def _save(
     try:
         import matplotlib.style
     except ImportError as error:
-        raise ImportError("Drawing needs matplotlib: pip install 'timm_atac[viz]'") from error
+        raise ImportError('Drawing needs matplotlib: pip install matplotlib') from error
     png = io.BytesIO()
     with matplotlib.style.context('default'):  # instead of the user's style
         figure = draw(pixels, panels, title, heads)
@@ -104,7 +111,7 @@ def _panel(name: str, gate: torch.Tensor, aspect: float, with_flat_maps: bool = 
         with_flat_maps: True if one gate per channel gives a map, of one colour.
     """
     if gate.ndim < 3 or not gate.numel() or not gate.isfinite().all():
-        raise ValueError(
+        raise GatesError(
             f'Gates of {name!r}, of shape {tuple(gate.shape)}: expected finite numbers (B, C, H, W) or (B, C, L).'
         )
     first = gate[0].float().cpu()
@@ -136,8 +143,10 @@ def _pixels(image: 'Image.Image | np.ndarray') -> np.ndarray:
     """Return an image as float (H, W) or (H, W, 3) from 0 to 1."""
     if isinstance(image, Image.Image):
         image = np.asarray(image.convert('L' if image.mode in ('1', 'L', 'LA') else 'RGB'))
+    if not isinstance(image, np.ndarray):
+        raise TypeError(f'image is a {type(image).__name__}: expected a PIL image or a NumPy array.')
     if not (image.ndim == 2 or (image.ndim == 3 and image.shape[2] in (1, 3))) or not image.size:
-        raise ValueError(f'image of shape {image.shape}: expected (H, W), (H, W, 1) or (H, W, 3).')
+        raise GatesError(f'image of shape {image.shape}: expected (H, W), (H, W, 1) or (H, W, 3).')
     pixels = image[..., 0] if image.ndim == 3 and image.shape[2] == 1 else image
     if pixels.dtype == np.uint8:
         return pixels / 255

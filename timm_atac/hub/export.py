@@ -109,7 +109,7 @@ def write_card(
         try:
             _draw(model, picture, image)
         except ImportError:
-            _logger.warning("No picture of the gates: matplotlib is not installed (pip install 'timm_atac[viz]')")
+            _logger.warning('No picture of the gates: matplotlib is not installed (pip install matplotlib).')
         except ValueError as error:  # no unit has a gate, the gates are not finite, the input is not an image
             _logger.warning('No picture of the gates: %s', error)
         else:

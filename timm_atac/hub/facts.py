@@ -6,7 +6,10 @@ from typing import Any, get_args, get_origin
 
 import yaml
 
-__all__ = ['CardError', 'CardFacts', 'check_facts', 'config_folder', 'read_facts']
+from ..utils.words import did_you_mean
+from .licenses import license_problem
+
+__all__ = ['CardError', 'CardFacts', 'check_facts', 'config_folder', 'config_names', 'read_facts']
 
 _EXPECTED = {str: 'a text', float: 'a number', list: 'a list', dict: 'a mapping'}
 
@@ -112,9 +115,18 @@ def config_folder(name: str) -> Path | None:
     Args:
         name: ARCH.TAG.
     """
-    package = Path(__file__).parents[1]
-    folders = [root / 'hub_configs' / name for root in (package, package.parent)]  # in a wheel it is in the package
+    folders = [root / name for root in _config_roots()]
     return next((folder for folder in folders if (folder / 'card.yaml').is_file()), None)
+
+
+def config_names() -> list[str]:
+    """Return each ARCH.TAG that has a folder in `hub_configs`."""
+    return sorted({path.parent.name for root in _config_roots() for path in root.glob('*/card.yaml')})
+
+
+def _config_roots() -> list[Path]:
+    package = Path(__file__).parents[1]
+    return [root / 'hub_configs' for root in (package, package.parent)]  # in a wheel it is in the package
 
 
 def read_facts(path: str | Path) -> dict[str, Any]:
@@ -151,6 +163,8 @@ def check_facts(facts: Any) -> CardFacts:
     """
     errors: list[str] = []
     checked = _convert(facts, CardFacts, 'facts', errors)
+    if not errors and (problem := license_problem(checked.license, checked.license_name)):
+        errors.append(problem)
     if errors:
         raise CardError(f'{"; ".join(errors)}.')
     return checked
@@ -179,7 +193,8 @@ def _convert_fields(values: dict[str, Any], kind: Any, path: str, errors: list[s
     required = [part.name for part in known.values() if part.default is part.default_factory is MISSING]
     missing = [name for name in required if name not in given]
     if unknown:
-        errors.append(f'unknown {", ".join(unknown)} in {path}, expected {", ".join(known)}')
+        names = [f'{name} ({hint})' if (hint := did_you_mean(name, known)) else name for name in unknown]
+        errors.append(f'unknown {", ".join(names)} in {path}, expected {", ".join(known)}')
     if missing:
         errors.append(f'{path} has no {", ".join(missing)}: {values!r}')
     path = '' if kind is CardFacts else f'{path}.'

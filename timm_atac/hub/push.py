@@ -1,6 +1,8 @@
 """Pushes the folder of a network to the Hugging Face Hub in one commit, or changes nothing."""
 
 import json
+import os
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -21,6 +23,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from .. import __version__
 from ..units.deferred import ChannelModule
+from ..utils.words import one_line, shortened
 from ..weights.folder import (
     CONFIG,
     WEIGHTS,
@@ -35,6 +38,7 @@ from ..weights.published import HUB_ORG, PUBLISHED
 from .card import REPO, full_name, weights_of
 from .export import CARD, FACTS, PICTURE, check_weights
 from .facts import CardError, read_facts
+from .licenses import license_problem
 
 __all__ = ['CheckedFolder', 'HubError', 'check_folder', 'check_token', 'name_of', 'push', 'resolve_repo']
 
@@ -106,6 +110,8 @@ def check_folder(folder: str | Path, repo: str | None = None) -> CheckedFolder:
         raise FolderError(f'{folder / CARD}: its front matter is not valid: {error}') from None
     if not card.data.to_dict():
         raise FolderError(f'{folder / CARD} has no front matter; write it again with `timm-atac card {folder}`.')
+    if problem := license_problem(card.data.get('license'), card.data.get('license_name')):
+        raise FolderError(f'{folder / CARD}: {problem}. Correct it in {FACTS} and run `timm-atac card {folder}`.')
     if f']({PICTURE})' in card.content and not (folder / PICTURE).is_file():
         raise FolderError(f'{folder / CARD} shows {PICTURE}, which is missing; draw it with `timm-atac card {folder}`.')
     _check_weights_of(card, folder)
@@ -164,7 +170,7 @@ def resolve_repo(repo: str | None, name: str) -> str:
     try:
         validate_repo_id(repo)
     except HFValidationError as error:
-        raise HubError(f'{repo!r} is not the name of a repository: {_one_line(error)}') from None
+        raise HubError(f'{repo!r} is not the name of a repository: {one_line(error)}') from None
     if '/' not in repo:
         raise HubError(f'{repo!r} is not the name of a repository: expected OWNER/NAME.')
     return repo
@@ -174,10 +180,20 @@ def check_token() -> None:
     """Check that there is a token for the Hub.
 
     Raises:
-        HubError: There is none.
+        HubError: There is none, or it is not a token. The message never has the token.
     """
-    if not get_token():
+    try:
+        token = get_token()
+    except OSError as error:
+        raise HubError(
+            f'The saved token cannot be read ({error.filename}: {error.strerror}): set HF_HOME to a folder that can be '
+            f'written, or HF_TOKEN to a token.'
+        ) from None
+    if not token:
         raise HubError('No token for the Hub: run `hf auth login`, or set HF_TOKEN to a token with write access.')
+    if not re.fullmatch('[!-~]+', token):
+        where = 'HF_TOKEN' if os.environ.get('HF_TOKEN') else 'The saved token'
+        raise HubError(f'{where} has a letter that no token has (a space or one that is not ASCII): copy it again.')
 
 
 def push(folder: CheckedFolder, private: bool = False) -> bool:
@@ -279,9 +295,10 @@ def _message(error: BaseException, repo: str) -> str | None:
     if isinstance(error, HfHubHTTPError):
         status: Any = getattr(error.response, 'status_code', None)
         message = _BY_STATUS.get(status, 'The Hub failed ({error}). Nothing is half pushed: run it again later.')
-        return message.format(error=_one_line(error), repo=repo, owner=repo.split('/')[0])
+        return message.format(error=one_line(error), repo=repo, owner=repo.split('/')[0])
     if isinstance(error, ValueError) and 'Invalid metadata' in str(error):
-        return f'The Hub refuses the card: {_one_line(error)}'
+        message = re.sub(r'\[[^][]{100,}\]', _shorten_list, one_line(error))
+        return f'The Hub refuses the card: {message}'
     of_network = type(error).__module__.startswith(('httpx', 'httpcore', 'requests', 'urllib3'))
     if of_network or isinstance(error, (ConnectionError, TimeoutError)):
         return _connection_message(error)
@@ -290,10 +307,10 @@ def _message(error: BaseException, repo: str) -> str | None:
 
 def _connection_message(error: BaseException) -> str:
     return (
-        f'{constants.ENDPOINT} cannot be reached, or the connection broke ({_one_line(error)}). Nothing is half '
+        f'{constants.ENDPOINT} cannot be reached, or the connection broke ({one_line(error)}). Nothing is half '
         f'pushed: check the network and HF_ENDPOINT, and run it again.'
     )
 
 
-def _one_line(error: BaseException) -> str:
-    return ' '.join(str(error).split()) or type(error).__name__
+def _shorten_list(found: re.Match[str]) -> str:
+    return f'[{", ".join(shortened(found[0][1:-1].split(", ")))}]'

@@ -1,5 +1,6 @@
 """Replaces the activations of a finished model by ATAC or another unit, for any model."""
 
+import html
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from .. import _timm
 from ..units.atac import ACTIVATIONS
 from ..units.memory_efficient import ACTIVATIONS_ME
 from ..utils.forward_pass import ForwardError, example_inputs
+from ..utils.words import counted, did_you_mean, shortened
 from .edits import Edits, Replaced
 from .trace import Trace, is_activation, trace
 from .where import Selection, Where
@@ -34,11 +36,24 @@ class Report:
     model_args: dict[str, Any] | None = None  # of a timm model: the arguments of `atac_host` that create it again
 
     def __str__(self) -> str:
-        lines = [f'{len(self.replaced)} units ({self.act})']
+        lines = [f'{counted(len(self.replaced), "unit")} ({self.act})']
         for r in self.replaced:
             shared = f', shared by {r.places} places' if r.places > 1 else ''
             lines.append(f'  {r.name}: {r.was} -> {r.channels} channels, {r.input_fmt}{shared}')
         return '\n'.join([*lines, *self._stays()])
+
+    def _repr_html_(self) -> str:
+        """Return a table for notebooks."""
+        head = ('unit', 'was', 'channels', 'layout', 'places')
+        rows = [(r.name, r.was, r.channels, r.input_fmt, r.places) for r in self.replaced]
+        cells = [f'<td>{"</td><td>".join(html.escape(str(cell)) for cell in row)}</td>' for row in rows]
+        body = ''.join(f'<tr>{row}</tr>' for row in cells)
+        stays = ''.join(f'<p>{html.escape(line.strip())}</p>' for line in self._stays())
+        title = html.escape(f'{counted(len(self.replaced), "unit")} ({self.act})')
+        return (
+            f'<p>{title}</p><table><thead><tr><th>{"</th><th>".join(head)}</th></tr></thead>'
+            f'<tbody>{body}</tbody></table>{stays}'
+        )
 
     def caveats(self) -> str:
         """Return the units that serve several places and the activations that stay, or '' if there are none."""
@@ -100,7 +115,8 @@ def replace_activations(
         names = edits.activation_names
         raise ValueError(
             f'where={where!r} fits no activation of {type(model).__name__} that can be replaced.{kept} '
-            f'There are {len(names)} activation modules: {", ".join(names[:10])}{", ..." if len(names) > 10 else ""}'
+            f'There {"is" if len(names) == 1 else "are"} {counted(len(names), "activation module")}'
+            f'{": " if names else ""}{", ".join(shortened(names, 10))}.'
         )
     name = _act_name(act)
     model_args = None
@@ -113,8 +129,8 @@ def replace_activations(
     model.replaced_activations = report  # type: ignore[assignment]
     _logger.info('%s: %s', type(model).__name__, report)
     if report.caveats():
-        units = len(report.replaced)
-        _logger.warning('%s: %d units (%s)\n%s', type(model).__name__, units, report.act, report.caveats())
+        units = counted(len(report.replaced), 'unit')
+        _logger.warning('%s: %s (%s)\n%s', type(model).__name__, units, report.act, report.caveats())
     return model
 
 
@@ -130,7 +146,7 @@ def _check(model: nn.Module, inputs: tuple, edits: Edits, before: Trace) -> None
     except ForwardError as error:
         raise ValueError(
             f'{type(model).__name__} does not run with {len(edits.replaced)} of its activations replaced: '
-            f'{type(error.__cause__).__name__}: {error.__cause__} {remedy}'
+            f'{type(error.__cause__).__name__}: {str(error.__cause__).rstrip(". ")}. {remedy}'
         ) from error
     called = {call.activation for _, call in after.calls()}
     unused = [replaced.name for unit, replaced in edits.replaced.items() if unit not in called]
@@ -148,9 +164,11 @@ def _check_act(act: LayerType) -> None:
     except (KeyError, TypeError, ValueError):
         accepted = {}
     if not {'channels', 'input_fmt'} <= set(accepted):
+        hint = did_you_mean(act, (*ACTIVATIONS, *ACTIVATIONS_ME)) if isinstance(act, str) else ''
+        expected = f'{hint} Expected' if hint else 'expected'
         raise ValueError(
-            f"act={act!r}: expected 'atac', 'se_act', 'nin', 'xunit', or a class or partial whose constructor takes "
-            f'`channels` and `input_fmt`, such as partial(timm_atac.ATAC, gate_layer=...).'
+            f"act={act!r}: {expected} 'atac', 'se_act', 'nin', 'xunit', or a class or partial "
+            f'whose constructor takes `channels` and `input_fmt`, such as partial(timm_atac.ATAC, gate_layer=...).'
         )
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch.nn as nn
 
+from ..utils.words import counted
 from .trace import ACTIVATION_TYPES, Trace
 
 __all__ = ['Selection', 'Where']
@@ -66,7 +67,7 @@ class Selection:
         spans = _stage_spans(model, trace) if self.stages else []
         for stage in self.stages:
             if not 1 <= abs(stage) <= len(spans):
-                found = f'{len(spans)} stages' if spans else 'no `feature_info` that names its stages'
+                found = counted(len(spans), 'stage') if spans else 'no `feature_info` that names its stages'
                 raise ValueError(
                     f'where={stage!r}: expected a stage from 1 to {len(spans) or "n"}, or from -1 for the last; '
                     f"{type(model).__name__} has {found}. Patterns of names, such as 'layer4.*', work for every model."

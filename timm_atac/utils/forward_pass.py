@@ -175,9 +175,10 @@ def _run(model: nn.Module, inputs: tuple, observer: ForwardObserver) -> Any:
         except Exception as error:
             if observer.error is None:
                 shapes = tree_map_only(torch.Tensor, lambda t: tuple(t.shape), inputs)
+                reason = f'{type(error).__name__}: {str(error).partition(chr(10))[0].rstrip(".: ")}'
                 raise ForwardError(
-                    f'{type(model).__name__} does not run on {shapes}: {type(error).__name__}: {error} '
-                    f'Give an example_input that it takes, a tensor or a tuple of positional arguments.'
+                    f'{type(model).__name__} does not run on {shapes}: {reason}. Give an example_input that it takes, '
+                    f'a tensor or a tuple of positional arguments.'
                 ) from error
     if observer.error is not None:  # also one that the model caught
         raise observer.error

@@ -7,15 +7,12 @@ import numpy as np
 import torch
 import torch.nn as nn
 
-from .names import FIXED, open_atac_names
+from ..utils.words import counted, shortened
+from .names import FIXED, ConversionError, open_atac_names
 
-__all__ = ['ConversionError', 'to_arrays', 'to_state_dict']
+__all__ = ['ConversionError', 'array_shapes', 'to_arrays', 'to_state_dict']
 
 _FLOATS = ('float16', 'float32')
-
-
-class ConversionError(ValueError):
-    """The arrays do not fit the network; the message lists each one that is missing, surplus or misfit."""
 
 
 def to_state_dict(
@@ -41,10 +38,8 @@ def to_state_dict(
         ValueError: The authors' networks have no counterpart of a part of the model.
     """
     names = open_atac_names(model)
-    shapes = _trained_shapes(model, in_chans, num_classes)
-    expected = {theirs: shapes[ours] for ours, theirs in names.items()}
+    expected = array_shapes(model, in_chans, num_classes)
     fixed = FIXED if 'data_bn.running_mean' in names else {}
-    expected |= {name: shapes['data_bn.running_mean'] for name in fixed}
 
     missing = [f'missing: {name!r} {shape}' for name, shape in expected.items() if name not in arrays]
     surplus = [f'surplus: {name!r} {array.shape}' for name, array in arrays.items() if name not in expected]
@@ -58,12 +53,29 @@ def to_state_dict(
         elif name in fixed and not (array == fixed[name]).all():
             misfit.append(f'misfit: {name!r} is not {fixed[name]:g} everywhere; our data norm has no affine')
     if missing or surplus or misfit:
+        lines = [line for faults in (missing, surplus, misfit) for line in shortened(faults)]
         raise ConversionError(
-            f'The {len(arrays)} arrays do not fit the {len(expected)} of this {type(model).__name__}; expected a file '
-            f'of the same architecture, trained with the same arguments: {len(missing)} missing, {len(surplus)} '
-            f'surplus, {len(misfit)} misfit.\n  ' + '\n  '.join(missing + surplus + misfit)
+            f'A file of {counted(len(arrays), "array")} does not fit this {type(model).__name__} of {len(expected)}; '
+            f'expected a file of the same architecture, trained with the same arguments: '
+            f'{len(missing)} missing, {len(surplus)} surplus, {len(misfit)} misfit.\n  ' + '\n  '.join(lines)
         )
     return {ours: torch.from_numpy(arrays[theirs].astype(np.float32)) for ours, theirs in names.items()}
+
+
+def array_shapes(
+    model: nn.Module, in_chans: int | None = None, num_classes: int | None = None
+) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the authors' arrays of a network by name. The arguments are those of `to_state_dict`.
+
+    Raises:
+        ValueError: The authors' networks have no counterpart of a part of the model.
+    """
+    names = open_atac_names(model)
+    shapes = _trained_shapes(model, in_chans, num_classes)
+    fixed = FIXED if 'data_bn.running_mean' in names else {}
+    return {theirs: shapes[ours] for ours, theirs in names.items()} | {
+        name: shapes['data_bn.running_mean'] for name in fixed
+    }
 
 
 def to_arrays(model: nn.Module) -> dict[str, np.ndarray]:
@@ -76,12 +88,12 @@ def to_arrays(model: nn.Module) -> dict[str, np.ndarray]:
         Name -> float32 array. For a CIFAR network this includes the affine of the data norm, 1 and 0.
 
     Raises:
-        ValueError: The authors' networks have no counterpart of a part of the model, or it has no classifier.
+        ConversionError: The authors' networks have no counterpart of a part of the model, or it has no classifier.
     """
     state = model.state_dict()
     names = open_atac_names(model)
     if 'fc.weight' not in state:
-        raise ValueError("The model has no classifier (num_classes=0), which the authors' networks have.")
+        raise ConversionError("The model has no classifier (num_classes=0), which the authors' networks have.")
     arrays = {theirs: state[ours].detach().cpu().float().numpy() for ours, theirs in names.items()}
     if 'data_bn.running_mean' in names:
         arrays |= {name: np.full_like(arrays['features.0.running_mean'], value) for name, value in FIXED.items()}

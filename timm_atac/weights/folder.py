@@ -15,6 +15,7 @@ from timm.models import is_model
 from .. import _timm
 from .file_kinds import HEAD, describe
 from .identity import Identity, identify, remove_claims, tensor_hash
+from .mismatch import differences
 
 __all__ = [
     'CONFIG',
@@ -200,7 +201,9 @@ def load_folder(folder: str | Path) -> Any:
     try:
         model.load_state_dict(state_dict)
     except RuntimeError as error:
-        raise FolderError(f'{Path(folder) / WEIGHTS} does not fit {CONFIG}: {error}') from error
+        found, own = ({key: t.shape for key, t in tensors.items()} for tensors in (state_dict, model.state_dict()))
+        reason = differences(found, own) or error
+        raise FolderError(f'{Path(folder) / WEIGHTS} does not fit {CONFIG}: {reason}.') from error
     return model.eval()
 
 

@@ -7,8 +7,9 @@ every name; nothing is paired by order or shape.
 import torch.nn as nn
 
 from ..units.atac import ChannelBottleneck, SEActivation
+from ..utils.words import shortened
 
-__all__ = ['FIXED', 'open_atac_names']
+__all__ = ['FIXED', 'ConversionError', 'open_atac_names']
 
 FIXED = {'features.0.gamma': 1.0, 'features.0.beta': 0.0}
 """Arrays of the authors' CIFAR networks that ours do not have, with their value: our data norm has no affine."""
@@ -57,6 +58,13 @@ _NORM = {'weight': 'gamma', 'bias': 'beta', 'running_mean': 'running_mean', 'run
 _AFFINE = {'weight': 'weight', 'bias': 'bias'}
 
 
+class ConversionError(ValueError):
+    """Arrays and network do not fit, or the authors' networks have no counterpart of a part of the network.
+
+    The message lists the first arrays that are missing, surplus or misfit.
+    """
+
+
 def open_atac_names(model: nn.Module) -> dict[str, str]:
     """Return the authors' names of a model's parameters and running statistics.
 
@@ -69,7 +77,7 @@ def open_atac_names(model: nn.Module) -> dict[str, str]:
         arrays in `FIXED` have no counterpart in our networks.
 
     Raises:
-        ValueError: The authors' networks have no counterpart of some parts; the message names them all.
+        ConversionError: The authors' networks have no counterpart of some parts; the message names the first ones.
     """
     layout = getattr(model, 'open_atac_layout', None)
     if layout == 'cifar':
@@ -77,7 +85,9 @@ def open_atac_names(model: nn.Module) -> dict[str, str]:
     elif layout == 'imagenet':
         parts, block_parts, stages = _IMAGENET, _IMAGENET_BLOCK, ['layer1', 'layer2', 'layer3', 'layer4']
     else:
-        raise ValueError(f"{type(model).__name__}: expected one of the authors' networks, AtacResNet or CifarResNet.")
+        raise ConversionError(
+            f"{type(model).__name__}: expected one of the authors' networks, AtacResNet or CifarResNet."
+        )
 
     modules = dict(parts)
     for stage in stages:
@@ -101,8 +111,8 @@ def open_atac_names(model: nn.Module) -> dict[str, str]:
         else:
             names[key] = f'{modules[path]}.{leaves[leaf]}'
     if foreign:
-        listed = ', '.join(map(repr, foreign))
-        raise ValueError(f"{listed} of {type(model).__name__} has no counterpart in the authors' networks.")
+        listed = ', '.join(shortened([repr(key) for key in foreign]))
+        raise ConversionError(f"{listed} of {type(model).__name__} has no counterpart in the authors' networks.")
     return names | {f'fc.{ours}': f'{modules["fc"]}.{theirs}' for ours, theirs in _AFFINE.items()}
 
 

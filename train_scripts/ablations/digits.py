@@ -11,8 +11,14 @@ def load_digits(size: int) -> tuple[tuple[torch.Tensor, torch.Tensor], tuple[tor
     """Return the training set and the test set, each as images (N, 1, size, size) in uint8 and labels (N,).
 
     The images are scaled bilinearly from 8x8.
+
+    Raises:
+        ImportError: scikit-learn is not installed.
     """
-    from sklearn.datasets import load_digits
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise ImportError(f'The digits need scikit-learn ({error}): pip install scikit-learn') from error
 
     digits = load_digits()
     images = torch.from_numpy(digits.images).float().unsqueeze(1) / 16

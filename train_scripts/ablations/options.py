@@ -24,10 +24,12 @@ from ablations.grid import (
     default_recipe,
 )
 from ablations.trainer import COMPILE_FROM
+from timm_atac.cli.parser import Parser
+from timm_atac.utils.words import did_you_mean
 
 
 def create_parser(description: str | None) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     _add_grid(parser.add_argument_group('what is trained'))
     _add_recipe(parser.add_argument_group("how it is trained, if not by the data set's default recipe"))
     _add_machine(parser.add_argument_group('where it is trained'))
@@ -162,18 +164,17 @@ def _add_output(group: Any) -> None:
 
 def _check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Exit with an error message if a package is missing or the arguments do not fit together."""
-    needed_packages = {
-        'matplotlib': True,
-        'sklearn': 'digits' in args.datasets,
-        'tensorboard': args.log_tensorboard,
-        'wandb': args.log_wandb,
+    needed_packages = {  # name of the module -> name for pip, and whether it is needed
+        'matplotlib': ('matplotlib', True),
+        'sklearn': ('scikit-learn', 'digits' in args.datasets),
+        'tensorboard': ('tensorboard', args.log_tensorboard),
+        'wandb': ('wandb', args.log_wandb),
     }
-    for package in (name for name, needed in needed_packages.items() if needed):
+    for module, package in ((module, package) for module, (package, needed) in needed_packages.items() if needed):
         try:
-            importlib.import_module(package)
+            importlib.import_module(module)
         except ImportError as error:
-            extra = 'logging' if package in ('tensorboard', 'wandb') else 'ablation'
-            parser.error(f"{error}; install it by `pip install 'timm_atac[{extra}]'`")
+            parser.error(f'{error}; install it by `pip install {package}`')
     if args.size not in (None, 32) and any(name.startswith('cifar') for name in {*args.datasets} & {*DATASETS}):
         parser.error(f"argument --size: {args.size}, but CIFAR's images have a size of 32")
     if args.cuda_graph:
@@ -215,7 +216,10 @@ def _run(
 
 def _dataset(text: str) -> str:
     if text not in DATASETS and not Path(text).is_dir():
-        raise argparse.ArgumentTypeError(f'{text!r} is neither one of {", ".join(DATASETS)} nor a folder')
+        hint = did_you_mean(text, DATASETS)
+        raise argparse.ArgumentTypeError(
+            f'{text!r} is neither one of {", ".join(DATASETS)} nor a folder{f"; {hint}" if hint else ""}'
+        )
     return text if text in DATASETS else str(Path(text).resolve())
 
 
@@ -227,8 +231,10 @@ def _activation_name(text: str) -> str:
         except KeyError:
             found = None
         if found is None:
+            hint = did_you_mean(text, ACTIVATIONS)
             raise argparse.ArgumentTypeError(
                 f'{text!r} is neither one of {", ".join(ACTIVATIONS)} nor an activation of timm'
+                f'{f"; {hint}" if hint else ""}'
             )
     return name
 

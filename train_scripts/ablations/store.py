@@ -9,11 +9,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from filelock import FileLock, Timeout
+try:
+    from filelock import FileLock, Timeout
+except ImportError as error:
+    raise ImportError(f'The results folder needs filelock ({error}): pip install filelock') from error
 
 from ablations.grid import Run
 from ablations.provenance import Setup
 from timm_atac._files import replaced_file
+from timm_atac.utils.words import counted, shortened
 
 
 class Result(NamedTuple):
@@ -60,13 +64,17 @@ def read_rows(path: Path) -> list[Row]:
     lines = csv.reader(io.StringIO(text, newline=''))
     header = next(lines, [])
     if tuple(header) != COLUMNS:
-        raise StoreError(f'{path} has the columns {",".join(header)!r}, expected {",".join(COLUMNS)!r}.')
+        missing = [name for name in COLUMNS if name not in header]
+        surplus = [name for name in header if name not in COLUMNS]
+        faults = {'missing': missing, 'unknown': surplus}
+        problem = '; '.join(f'{what} {", ".join(shortened(names))}' for what, names in faults.items() if names)
+        raise StoreError(f'{path} has other columns than a CSV file of ablation.py: {problem or "another order"}.')
     return [_parse(values, f'{path}, line {lines.line_num}') for values in lines]
 
 
 def _parse(values: list[str], where: str) -> Row:
     if len(values) != len(COLUMNS):
-        raise StoreError(f'{where}: {len(values)} values, expected {len(COLUMNS)}.')
+        raise StoreError(f'{where}: {counted(len(values), "value")}, expected {len(COLUMNS)}.')
     parsed: list[Any] = []
     for name, text in zip(COLUMNS, values, strict=True):
         kind = _TYPES[name]
