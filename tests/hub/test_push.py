@@ -179,6 +179,8 @@ def test_refusals(hub, run, folder) -> None:
     assert 'has no config.json' in empty  # before the token
     (offline,) = errors((right, '--repo', 'me/net'), HF_HUB_OFFLINE='1')
     assert 'HF_HUB_OFFLINE is set; unset it' in offline
+    (no_home,) = errors(('', '--repo', 'me/net'), HF_HOME=str(folder / 'config.json'))
+    assert 'The saved token cannot be read (' in no_home and 'set HF_HOME to a folder' in no_home
     (nowhere,) = errors((right, '--repo', 'me/net'), HF_ENDPOINT='http://127.0.0.1:9')
     assert nowhere.startswith('http://127.0.0.1:9 cannot be reached') and 'Nothing is half pushed' in nowhere
     assert not hub.repositories

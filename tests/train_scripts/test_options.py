@@ -92,6 +92,10 @@ def test_without_a_compiler_nothing_is_compiled_unless_asked(monkeypatch) -> Non
     'arguments, message',
     [
         (['--acts', 'atak'], "'atak' is neither one of relu, se_act"),
+        (['--acts', 'atak'], "nor an activation of timm; did you mean 'atac'?"),
+        (['--datasets', 'cifr10'], "nor a folder; did you mean 'cifar10'?"),
+        (['--epoch-count', '3', '--sedes', '2'], "did you mean '--seeds' instead of '--sedes'?"),
+        (['--recipe', 'authers'], "did you mean 'authors' instead of 'authers'?"),
         (
             ['--datasets', 'svhn'],
             "'svhn' is neither one of digits, cifar10, cifar10-jpeg, cifar100, cifar100_coarse nor a folder",

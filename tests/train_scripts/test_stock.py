@@ -301,6 +301,7 @@ def test_command(argv, expected, checkout) -> None:
         (['--nproc-per-node', '2', 'show.py'], "got ['--nproc-per-node']; see --help"),
         (['train.py', 'show.py'], "got 'train.py'; it has: show.py"),
         (['hubconf.py'], "got 'hubconf.py'; it has: show.py"),
+        (['shwo.py'], "got 'shwo.py'; did you mean 'show.py'?"),
         (['torchrun', '--nnodes', '2'], "got '--nnodes', '2'; it has: show.py"),
         (['torchrun'], 'got nothing; it has: show.py'),
     ],
