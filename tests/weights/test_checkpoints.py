@@ -40,7 +40,8 @@ def test_checkpoint_path(expected, tmp_path, name) -> None:
 
 def test_load_checkpoint(expected) -> None:
     """`validate.py --checkpoint` calls it."""
-    for path in (str(FILE), FILE):
+    paths: list[Any] = [str(FILE), FILE]
+    for path in paths:
         model: Any = timm.create_model(NAME)
         assert timm.models.load_checkpoint(model=model, checkpoint_path=path) is None
         assert same(model, expected)
