@@ -51,37 +51,33 @@ def add_act(name: str, layer: type[nn.Module], layer_me: type[nn.Module] | None,
 
 
 def add_checkpoint_format(reads: Callable[[Any, Any], bool], load: Callable[[Any, Any], None]) -> None:
-    """Let timm's `load_checkpoint` and `resume_checkpoint` load files of another format.
+    """Let timm's `load_checkpoint` load files of another format.
 
     timm gives a foreign format to the model if the file's name ends with .npz or .npy, and has no table for others. So
-    the two functions are wrapped. They treat all other models and files as before. A second call changes nothing.
+    the function is wrapped. It treats all other models and files as before. A second call changes nothing, and neither
+    does a timm without this function.
 
     Args:
         reads: True for a model and a path that `load` takes.
         load: Loads the file into the model.
     """
-    modules = [vars(sys.modules[name]) for name in _CHECKPOINT_MODULES if name in sys.modules]
-    for name in ('load_checkpoint', 'resume_checkpoint'):
-        original = next((names[name] for names in modules if callable(names.get(name))), None)
-        if original is not None and not hasattr(original, _WRAPPED_BY_US):
-            wrapper = _checkpoint_wrapper(original, reads, load)
-            for names in modules:
-                if names.get(name) is original:
-                    names[name] = wrapper
+    name = 'load_checkpoint'
+    modules = [vars(sys.modules[module]) for module in _CHECKPOINT_MODULES if module in sys.modules]
+    original = next((names[name] for names in modules if callable(names.get(name))), None)
+    if original is None or hasattr(original, _WRAPPED_BY_US):
+        return
 
-
-def _checkpoint_wrapper(
-    original: Callable[..., Any], reads: Callable[[Any, Any], bool], load: Callable[[Any, Any], None]
-) -> Callable[..., Any]:
     @wraps(original)
-    def wrapper(model: Any, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
+    def load_checkpoint(model: Any, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
         if not reads(model, checkpoint_path):
             return original(model, checkpoint_path, *args, **kwargs)
         load(model, checkpoint_path)
-        return None  # as timm does for a foreign format, and for a file without the state of a training
+        return None  # as timm does for a foreign format
 
-    setattr(wrapper, _WRAPPED_BY_US, True)
-    return wrapper
+    setattr(load_checkpoint, _WRAPPED_BY_US, True)
+    for names in modules:
+        if names.get(name) is original:
+            names[name] = load_checkpoint
 
 
 def remove_model(name: str) -> None:

@@ -38,13 +38,13 @@ def test_checkpoint_path(expected, tmp_path, name) -> None:
     assert same(timm.create_model(NAME, checkpoint_path=str(path)), expected)
 
 
-def test_functions_of_timm(expected) -> None:
-    """`validate.py --checkpoint` and `train.py --resume` call these."""
-    for load in (timm.models.load_checkpoint, timm.models.resume_checkpoint):
-        for arguments in (dict(checkpoint_path=str(FILE)), dict(checkpoint_path=FILE)):
-            model: Any = timm.create_model(NAME)
-            assert load(model=model, **arguments) is None
-            assert same(model, expected)
+def test_load_checkpoint(expected) -> None:
+    """`validate.py --checkpoint` calls it."""
+    paths: list[Any] = [str(FILE), FILE]
+    for path in paths:
+        model: Any = timm.create_model(NAME)
+        assert timm.models.load_checkpoint(model=model, checkpoint_path=path) is None
+        assert same(model, expected)
 
 
 def test_the_file_fits_the_model_and_not_its_tag(tmp_path) -> None:
@@ -80,10 +80,9 @@ def test_the_wrapper_looks_like_the_function() -> None:
     assert timm.models.load_checkpoint is wrapper
 
 
-def test_a_timm_without_these_functions(monkeypatch) -> None:
+def test_a_timm_without_this_function(monkeypatch) -> None:
     for module in (timm.models, _helpers, _factory):
-        for name in ('load_checkpoint', 'resume_checkpoint'):
-            monkeypatch.delattr(module, name, raising=False)
+        monkeypatch.delattr(module, 'load_checkpoint')
     monkeypatch.setattr(_timm, '_CHECKPOINT_MODULES', (*_timm._CHECKPOINT_MODULES, 'timm.models._gone'))
     _register.register()
 

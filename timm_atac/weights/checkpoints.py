@@ -1,4 +1,4 @@
-"""Lets timm's `checkpoint_path` and the options of its scripts take `.params` files; imports little until one comes."""
+"""`.params` files as checkpoints: for timm's `checkpoint_path`, and for options of its scripts."""
 
 import os
 from typing import Any
