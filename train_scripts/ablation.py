@@ -34,6 +34,8 @@ from ablations.trainer import CheckpointError, Machine, Progress, Trainer
 from timm.utils import init_distributed_device
 from tqdm import tqdm
 
+from timm_atac.utils.words import counted
+
 
 def set_up(args: argparse.Namespace) -> Machine:
     """Initialize torchrun's process group if there is one, and return the device and rank of this process."""
@@ -167,14 +169,14 @@ def report(selected: list[Run], trained: list[Run], store: Store, interrupted: b
     """Print which runs are finished, and write tables and plots of all rows."""
     rows = store.rows()
     missing = {*selected} - {row.run for row in rows}
-    of = f'of {len(selected)} runs'
+    of = f'of {counted(len(selected), "run")}'
     if interrupted:
-        print(f'\nInterrupted: {len(missing)} {of} are unfinished; the same command resumes them.', file=sys.stderr)
+        print(f'\nInterrupted; unfinished: {len(missing)} {of}; the same command resumes them.', file=sys.stderr)
     else:
         if len(trained) + len(missing) < len(selected):
-            print(f'{len(selected) - len(trained) - len(missing)} {of} were already finished.', file=sys.stderr)
+            print(f'Finished already: {len(selected) - len(trained) - len(missing)} {of}.', file=sys.stderr)
         if missing:
-            print(f'{len(missing)} {of} are still being trained by other processes.', file=sys.stderr)
+            print(f'Still trained by other processes: {len(missing)} {of}.', file=sys.stderr)
     if not rows:
         return
     text = all_tables(rows)
@@ -191,8 +193,8 @@ def _report_networks(finished: list[Run], store: Store) -> None:
         print(f'Network: {folder}')
     if len(folders) < len(finished):
         print(
-            f'{len(finished) - len(folders)} finished runs were trained without --export and have no network: remove '
-            f'their rows from {store.csv} to train them again.',
+            f'Finished without --export, so without a network: {counted(len(finished) - len(folders), "run")}. To '
+            f'train again, remove the rows from {store.csv}.',
             file=sys.stderr,
         )
 

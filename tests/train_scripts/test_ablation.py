@@ -30,7 +30,7 @@ def test_run_and_again(tmp_path, capsys) -> None:
     assert again[:4] == first
     assert [found.run.seed for found in again[4:]] == [1] * 4
     captured = capsys.readouterr()
-    assert '4 of 8 runs were already finished.' in captured.err
+    assert 'Finished already: 4 of 8 runs.' in captured.err
     assert '±' in captured.out
 
 
@@ -56,7 +56,7 @@ def test_image_folder(tmp_path, monkeypatch, capsys) -> None:
 def test_runs_without_export_have_no_network(tmp_path, capsys) -> None:
     command = ['--acts', 'relu', '--seeds', 1, '--epochs', 1, '--size', 8, '--output', tmp_path]
     assert run(*command) == run(*command, '--export') == 0
-    assert '1 finished runs were trained without --export and have no network' in capsys.readouterr().err
+    assert 'Finished without --export, so without a network: 1 run.' in capsys.readouterr().err
 
 
 @pytest.mark.slow

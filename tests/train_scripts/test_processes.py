@@ -52,7 +52,7 @@ def test_locked_runs_are_left_to_other_processes(tmp_path, capsys) -> None:
     with FileLock(tmp_path / '.locks' / 'digits_relu_b1_seed0_epochs-1_size-8.lock'):
         assert run(*command) == 0
     assert [found.run.activation for found in rows(tmp_path)] == ['silu']
-    assert '1 of 2 runs are still being trained by other processes.' in capsys.readouterr().err
+    assert 'Still trained by other processes: 1 of 2 runs.' in capsys.readouterr().err
 
 
 def test_slurm_without_torchrun_is_one_process(monkeypatch) -> None:

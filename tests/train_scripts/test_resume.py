@@ -32,7 +32,7 @@ def test_interrupt_keeps_rows_and_checkpoint(tmp_path, monkeypatch, capsys) -> N
     finally:
         signal.signal(signal.SIGINT, handler)
     captured = capsys.readouterr()
-    assert 'Interrupted: 1 of 2 runs are unfinished; the same command resumes them.' in captured.err
+    assert 'Interrupted; unfinished: 1 of 2 runs; the same command resumes them.' in captured.err
     assert '| ReLU' in captured.out
     (checkpoint,) = (tmp_path / 'checkpoints').iterdir()
     assert checkpoint.name == 'digits_silu_b1_seed0_epochs-1_size-8.safetensors'

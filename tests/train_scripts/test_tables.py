@@ -209,7 +209,7 @@ def test_imagenet_table(monkeypatch, tmp_path, capsys) -> None:
     monkeypatch.setattr(table4, 'REPORTED', tmp_path / 'reported.csv')
     assert program.main(['--imagenet', '--rounds', '1']) == 0
     printed = capsys.readouterr().out
-    assert f'Latency: {provenance.device_name(torch.device("cpu"))}, batch 1, 1 rounds.' in printed
+    assert f'Latency: {provenance.device_name(torch.device("cpu"))}, batch 1, 1 round.' in printed
     head, _, *rows = cells(printed)
     assert head[1:5] == ['Model', 'Params (M)', 'GMACs', 'Activations (M)']
     found = {row[1].strip('`'): row for row in rows}

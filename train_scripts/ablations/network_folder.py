@@ -9,6 +9,7 @@ from ablations.grid import DATASETS, activation, model_args
 from ablations.image_data import ImageData
 from ablations.store import Row
 from timm_atac.hub.export import export
+from timm_atac.utils.words import counted
 
 SCHEDULES = {'multistep': 'divided by 10 after 3/4 and 7/8 of the epochs', 'cosine': 'a warm-up epoch, then cosine'}
 
@@ -29,7 +30,7 @@ def write_folder(model: nn.Module, folder: Path, row: Row, data: ImageData) -> N
     known = DATASETS.get(run.dataset)
     name, address = (known.label, known.address) if known else (Path(run.dataset).name, '')
     accuracy = round(result.accuracy, 3)
-    split = f'{"held out of training" if run.held_out else "test"} ({len(data.test[0])} images)'
+    split = f'{"held out of training" if run.held_out else "test"} ({counted(len(data.test[0]), "image")})'
     description = (
         f'The CIFAR network of "Attention as Activation" with b = {run.blocks} and '
         f'{activation(run.activation).label}, trained on {name}.'

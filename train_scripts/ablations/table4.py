@@ -11,6 +11,7 @@ from torch.utils.benchmark import Timer
 from ablations.markdown import markdown_table
 from ablations.provenance import device_name
 from timm_atac.hub.profile import profile
+from timm_atac.utils.words import counted
 
 REPORTED = Path(__file__).resolve().parents[2] / 'results' / 'reported-imagenet.csv'
 BASE = 'resnet50'
@@ -36,7 +37,10 @@ def imagenet_table(device: str = 'cpu', batch_size: int = 1, rounds: int = 5) ->
         cost = [f'{found.params:.2f}', f'{found.gmacs:.2f}', f'{found.activations:.1f}']
         reported = [row['params'], row['gflops'], row['top1_err'], row['top5_err'], row['paper']]
         lines.append([row['network'], f'`{row["model"]}`', *cost, latencies.get(row['model'], '-'), *reported])
-    measured = f' Latency: {device_name(torch.device(device))}, batch {batch_size}, {rounds} rounds.' if rounds else ''
+    measured = ''
+    if rounds:
+        place = device_name(torch.device(device))
+        measured = f' Latency: {place}, batch {batch_size}, {counted(rounds, "round")}.'
     note = (
         'Table 4, ImageNet at 224 px. Our figures are counted by PyTorch: GMACs of convolutions and matrix products; '
         "activations are the outputs of convolutions and classifier. The reported figures are from the authors' "
