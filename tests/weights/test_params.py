@@ -135,12 +135,12 @@ BAD = [
     (64, 'would take 4398046511104 bytes', broken(36, '2q', 1 << 20, 1 << 20)),
     (60, 'unknown dtype 13', broken(60, 'i', 13)),
     (60, 'unknown dtype -1', broken(60, 'i', -1)),
-    (152, '1 names for 2 arrays', broken(152, 'Q', 1)),
+    (152, 'the number of names is 1, expected 2', broken(152, 'Q', 1)),
     (168, 'a name would take 18446744073709551615', broken(160, 'Q', (1 << 64) - 1)),
     (168, 'not UTF-8', listed({b'\xff': ONE, 'y': ONE})),
     (177, "second array is named 'x'", broken(177, 'B', ord('x'))),
     (177, "second array is named 'x'", listed({'x': ONE, 'aux:x': ONE})),
-    (178, '1 bytes follow', TWO + b'\0'),
+    (178, 'the number of bytes after the last name is 1, expected 0', TWO + b'\0'),
     (56, 'neither 0 nor 1', listed({'x': record(np.ones(3, bool))}).replace(b'\1\1\1', b'\1\2\1')),
 ]
 

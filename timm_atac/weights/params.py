@@ -200,7 +200,7 @@ class _Parser:
         arrays = [self.array() for _ in range(count)]
         names = self.names(count)
         if self.offset != self.size:
-            raise self.error(f'{self.size - self.offset} bytes follow the last name')
+            raise self.error(f'the number of bytes after the last name is {self.size - self.offset}, expected 0')
         return dict(zip(names, arrays, strict=True))
 
     def array(self) -> np.ndarray:
@@ -260,7 +260,7 @@ class _Parser:
             reason = f'its {count} arrays have no names, as `nd.save` of a list writes them. Save a dict in MXNet'
             raise self.unsupported(reason, self.offset - 8)
         if found != count:
-            raise self.error(f'{found} names for {count} arrays', self.offset - 8)
+            raise self.error(f'the number of names is {found}, expected {count}', self.offset - 8)
         names: dict[str, None] = {}
         for _ in range(count):
             length = self.number('Q', "a name's length")
