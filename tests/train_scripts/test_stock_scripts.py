@@ -69,15 +69,14 @@ def test_image_folder(data) -> None:
     assert all(path.stat().st_mode & 0o100 for path in data.rglob('*') if path.is_dir())
 
 
-def test_output_folder_is_not_empty(tmp_path, capsys) -> None:
+def test_output_folder_is_not_empty(tmp_path) -> None:
     (tmp_path / 'mine').write_text('')
-    with pytest.raises(SystemExit, match='2'):
+    with pytest.raises(SystemExit, match=f'error: {tmp_path} exists already'):
         digits.main([str(tmp_path)])
-    assert f'{tmp_path} exists already' in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ['mine']
 
 
-def test_full_disk_leaves_nothing(tmp_path, monkeypatch, capsys) -> None:
+def test_full_disk_leaves_nothing(tmp_path, monkeypatch) -> None:
     save = Image.Image.save
 
     def fails(image, path) -> None:
@@ -87,9 +86,8 @@ def test_full_disk_leaves_nothing(tmp_path, monkeypatch, capsys) -> None:
 
     monkeypatch.setattr(Image.Image, 'save', fails)
     (tmp_path / 'empty').mkdir()
-    with pytest.raises(SystemExit, match='2'):
+    with pytest.raises(SystemExit, match='error: No space left on device'):
         digits.main([str(tmp_path / 'empty')])
-    assert 'No space left on device' in capsys.readouterr().err
     assert list(tmp_path.rglob('*')) == [tmp_path / 'empty']
 
 
