@@ -7,7 +7,6 @@ import socket
 import subprocess
 import sys
 from collections import namedtuple
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError, URLError
@@ -15,7 +14,6 @@ from urllib.error import HTTPError, URLError
 import pytest
 import timm
 import torch
-from file_server import serve
 
 from timm_atac.weights import advice
 from timm_atac.weights.folder import save_for_hf
@@ -31,14 +29,6 @@ def notes(error: BaseException) -> str:
 
 def same(a: Any, b: Any) -> bool:
     return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
-
-
-@pytest.fixture(scope='module')
-def site(tmp_path_factory) -> Iterator[tuple[Path, str]]:
-    """A folder and the address that serves it."""
-    folder = tmp_path_factory.mktemp('site')
-    with serve(folder) as address:
-        yield folder, address
 
 
 @pytest.fixture(scope='module')

@@ -3,7 +3,6 @@
 import copy
 import hashlib
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,6 @@ import numpy as np
 import pytest
 import timm
 import torch
-from file_server import serve
 
 from timm_atac import ParamsError, read_params, write_params
 from timm_atac.weights import pretrained
@@ -20,14 +18,6 @@ from timm_atac.weights.pretrained import git_blob_id
 from timm_atac.weights.published import PUBLISHED, Published
 
 NAME = 'atac_resnet50.open_atac_in1k'
-
-
-@pytest.fixture(scope='module')
-def site(tmp_path_factory) -> Iterator[tuple[Path, str]]:
-    """A folder and the address that serves it."""
-    folder = tmp_path_factory.mktemp('site')
-    with serve(folder) as address:
-        yield folder, address
 
 
 @pytest.fixture(scope='module')
