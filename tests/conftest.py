@@ -4,11 +4,13 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Protocol
 
 import pytest
 import torch
 import torch.nn as nn
+from file_server import serve
 from packaging.version import Version
 
 os.environ.pop('TIMM_ATAC_HUB_ORG', None)  # pretrained weights are then the authors' files
@@ -92,3 +94,11 @@ def kernels_as_before(monkeypatch) -> Iterator[None]:
     monkeypatch.setattr(torch.backends.cudnn, 'allow_tf32', False)
     yield
     use_kernels(None)
+
+
+@pytest.fixture(scope='module')
+def site(tmp_path_factory) -> Iterator[tuple[Path, str]]:
+    """A folder and the address that serves it."""
+    folder = tmp_path_factory.mktemp('site')
+    with serve(folder) as address:
+        yield folder, address
