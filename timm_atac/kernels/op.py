@@ -17,7 +17,10 @@ def next_power_of_2(n: int) -> int:
 
 
 def operation(name: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
-    """Register a function as `torch.ops.timm_atac.NAME`.
+    """Register a function as `torch.ops.timm_atac.NAME`, once in a process.
+
+    If this package is imported anew, the operation of the former import stays. PyTorch would free it for a second
+    definition, and the former modules would then call freed memory.
 
     Args:
         name: Name of the operation.
@@ -27,12 +30,18 @@ def operation(name: str, fake: Callable[..., Any]) -> Callable[[Callable[..., An
         A decorator, which returns the operation.
     """
 
+    # in PyTorch's namespace, which stays when our modules are removed from `sys.modules`
+    known: dict[str, Any] = vars(torch.ops.timm_atac).setdefault('_defined', {})
+
     def decorate(function: Callable[..., Any]) -> Any:
+        if name in known:
+            return known[name]
         # the interpreter needs values, which a compiler does not have; before PyTorch 2.6 there is no triton_op
         opaque = torch.library.custom_op
         define = opaque if IS_INTERPRETED else getattr(torch.library, 'triton_op', opaque)
         defined = define(f'timm_atac::{name}', mutates_args=())(function)
         defined.register_fake(fake)
+        known[name] = defined
         return defined
 
     return decorate
