@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
 from ..kernels.gate import gate_
+from ..kernels.linear import linear
 from ..kernels.switch import DTYPES, MOST_HIDDEN, can_run, check_choice, is_wanted, layout
 from ..units.atac import ATAC, LocalSE
 from ..units.deferred import ChannelModule
@@ -126,12 +127,8 @@ class FusedATAC(ChannelModule):
 
 
 def _product(rows: torch.Tensor, conv: Any, dtype: torch.dtype | None, relu: bool = False) -> torch.Tensor:
-    """Compute a 1x1 convolution of rows (N, C), on a CPU or GPU with bias and ReLU in the same operation."""
-    rows, weight, bias = cast(rows, dtype), cast(conv.weight.flatten(1), dtype), cast(conv.bias, dtype)
-    if relu and rows.device.type in ('cpu', 'cuda'):
-        return torch._addmm_activation(bias, rows, weight.t())
-    product = F.linear(rows, weight, bias)
-    return product.relu_() if relu else product
+    """Compute a 1x1 convolution of rows (N, C)."""
+    return linear(cast(rows, dtype), cast(conv.weight.flatten(1), dtype), cast(conv.bias, dtype), relu)
 
 
 def _convolution(x: torch.Tensor, conv: Any, dtype: torch.dtype | None) -> torch.Tensor:
