@@ -69,7 +69,8 @@ def test_gradients_per_image(unit) -> None:
 
 
 def test_a_hook_of_the_unit_itself_leaves_it_memory_efficient() -> None:
-    unit, grads = ATACMe(6), []
+    unit = ATACMe(6)
+    grads: list[Any] = []
     unit.register_full_backward_hook(lambda module, grads_in, grads_out: grads.extend(grads_in))
     y = unit(torch.randn(5, 6, 6, 6, requires_grad=True))
     y.sum().backward()
