@@ -28,14 +28,10 @@ def randn(*size: int) -> torch.Tensor:
     [((2, 8, 1, 1), 2, 7), ((1, 4, 3, 5), 1, 7), ((1, 12, 9, 15), 3, 5), ((2, 8, 16, 2), 2, 3)],
 )
 def test_attention_by_neighbours(shape, heads, window) -> None:
-    tensors: list[Any] = [
-        randn(*shape),
-        randn(*shape),
-        randn(*shape),
-        *(randn(shape[1] // heads // 2, window) for _ in range(2)),
-    ]
-    expected = local_attention(*tensors, heads)
-    torch.testing.assert_close(attention_by_neighbours(*tensors, heads), expected, **CLOSE)
+    q, k, v = randn(3, *shape)
+    row_embed, col_embed = randn(2, shape[1] // heads // 2, window)
+    expected = local_attention(q, k, v, row_embed, col_embed, heads)
+    torch.testing.assert_close(attention_by_neighbours(q, k, v, row_embed, col_embed, heads), expected, **CLOSE)
 
 
 @pytest.mark.parametrize('size', [(8, 12), (13, 10), (7, 5), (3, 1)])
