@@ -74,7 +74,7 @@ def test_local_se() -> None:
     model = create('resnet14_cifar', attn_layer='local_se')
     assert [type(block.attn) for stage in model.stages for block in stage] == [LocalSE] * 6
     assert not any(isinstance(block.act1, ATAC) for stage in model.stages for block in stage)
-    other = create('resnet8_cifar', attn_layer='local_se', norm_layer='groupnorm1')
+    other = create('resnet8_cifar', attn_layer='local_se', norm_layer='groupnorm1', data_norm_layer='')
     assert isinstance(other.stages[0][0].attn.bn1, timm.layers.GroupNorm1)
     assert type(create('resnet8_cifar', attn_layer='se').stages[0][0].attn) is timm.layers.SEModule
 

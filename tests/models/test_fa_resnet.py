@@ -15,6 +15,7 @@ from timm.layers import set_fused_attn
 
 import timm_atac
 from timm_atac.models.fa_resnet import AttentionStem, LocalAttention2d, MixedConv2d
+from timm_atac.units.exported_attention import CeilMaxPool2d
 from timm_atac.units.local_attention import local_attention, tile_attention
 
 
@@ -176,3 +177,38 @@ def test_exported() -> None:
     exported = torch.export.export(model, (x,), dynamic_shapes=[{0: torch.export.Dim('batch', max=512)}]).module()
     x = torch.randn(5, 3, 32, 32)
     torch.testing.assert_close(exported(x), model(x))
+
+
+def _three_layers() -> nn.Module:
+    """Layers whose export takes a few seconds. The export of a network with dynamic sizes takes minutes."""
+    layers = AttentionStem(3, 16, num_heads=2), CeilMaxPool2d(4), LocalAttention2d(16, 16, stride=2, num_heads=2)
+    return nn.Sequential(*layers).eval()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings('ignore')  # warnings of the exporters
+@pytest.mark.parametrize(
+    ('route', 'of_network'),
+    [('torch.export', False), ('dynamo=False', False), ('dynamo=True', False), ('dynamo=False', True)],
+)
+def test_exported_with_dynamic_sizes(route, of_network, tmp_path) -> None:
+    model, x = wild('fa_resnet50', layers=(1, 1, 1, 1)) if of_network else _three_layers(), torch.randn(2, 3, 40, 64)
+    path = str(tmp_path / 'model.onnx')
+    height, width = (torch.export.Dim(name, min=9, max=512) for name in ('height', 'width'))
+    sizes: Any = {'dynamic_shapes': ({2: height, 3: width},)}
+    run: Any
+    if route == 'torch.export':
+        run = torch.export.export(model, (x,), strict=False, **sizes).module()
+    else:
+        onnxruntime = pytest.importorskip('onnxruntime')
+        if route == 'dynamo=False':
+            sizes = {'dynamic_axes': {'x': {2: 'height', 3: 'width'}}, 'input_names': ['x']}
+        torch.onnx.export(model, (x,), path, dynamo=route == 'dynamo=True', **sizes)
+        session = onnxruntime.InferenceSession(path)
+
+        def run(x: torch.Tensor) -> torch.Tensor:
+            return torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0])
+
+    for size in ((40, 64), (65, 71), (9, 33)):
+        x = torch.randn(2, 3, *size)
+        torch.testing.assert_close(run(x), model(x).detach(), rtol=1e-4, atol=1e-5)

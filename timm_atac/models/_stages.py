@@ -24,7 +24,7 @@ class StageBlock(partial):
 
 
 class LayeredResNet(ResNet):
-    """timm's ResNet with layers of other types.
+    """timm's ResNet with layers of other types. For full backward hooks, see `AtacResNet`.
 
     Attributes:
         own_layers: Types of these layers. timm's initialisation is followed by their `reset_parameters`.

@@ -54,6 +54,11 @@ class AtacResNet(OpenAtacWeights, ResNet):
 
     The activations of the stem and after each addition are ReLUs.
 
+    timm's ResNets apply these ReLUs and add shortcuts in place. PyTorch forbids both beside full backward hooks, as
+    Opacus and Captum register them on all modules. For such hooks, set `inplace = False` on each module that has it and
+    `drop_path = torch.clone` on each `BasicBlock` and `Bottleneck` of a network without stochastic depth. The CIFAR
+    networks need no change.
+
     Args:
         block: timm's `BasicBlock` or `Bottleneck`.
         layers: Blocks in each of the four stages.

@@ -6,6 +6,7 @@ Papers:
 """
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, cast
@@ -93,8 +94,8 @@ class PreActBasicBlock(nn.Module):
 class CifarResNet(OpenAtacWeights, nn.Module):
     """Pre-activation ResNet for 32x32 images: (B, in_chans, 32, 32) -> (B, num_classes).
 
-    Its layers are a norm of the images without weights, a 3x3 convolution, three stages of strides 1, 2 and 2, a norm,
-    an activation, an average pool and a classifier.
+    Its layers are a norm of the images without weights (the data norm), a 3x3 convolution, three stages of strides 1, 2
+    and 2, a norm, an activation, an average pool and a classifier.
 
     Args:
         layers: Blocks in each of the three stages. The paper's networks have b = 1..4 in all of them.
@@ -107,6 +108,10 @@ class CifarResNet(OpenAtacWeights, nn.Module):
         atac_stages: Stages with `act_layer`: 1 to 3, and 4 for the last activation. The others have ReLU.
         rd_ratio: Width of the activations' bottleneck over their channels, None for their default (0.5).
         norm_layer: Normalisation layer of the blocks and inside the activations.
+        data_norm_layer: Data norm, created with `affine=False`: a name of timm, a class or a `partial`, '' for none.
+            None is 'batchnorm2d', also with another `norm_layer`, because saved networks have the statistics of that
+            data norm. In training, the logits of an image then depend on the other images of the batch, and a warning
+            says so. Differentially private training needs '' or 'groupnorm1'.
         attn_layer: Attention module at the end of each residual branch: 'local_se' or as in timm.
         drop_rate: Dropout rate before the classifier.
         drop_path_rate: Stochastic depth rate of the last block. It rises linearly from 0.
@@ -132,6 +137,7 @@ class CifarResNet(OpenAtacWeights, nn.Module):
         atac_stages: Sequence[int] = (1, 2, 3, 4),
         rd_ratio: float | None = None,
         norm_layer: LayerType = nn.BatchNorm2d,
+        data_norm_layer: LayerType | None = None,
         attn_layer: LayerType | None = None,
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
@@ -153,7 +159,8 @@ class CifarResNet(OpenAtacWeights, nn.Module):
             for stage in range(1, len(layers) + 2)
         ]
 
-        self.data_bn = nn.BatchNorm2d(in_chans, affine=False, **dd)
+        data_norm: Any = nn.BatchNorm2d if data_norm_layer is None else get_norm_layer(data_norm_layer)
+        self.data_bn = nn.Identity() if data_norm is None else data_norm(in_chans, affine=False, **dd)
         self.conv1 = nn.Conv2d(in_chans, channels[0], kernel_size=3, padding=1, bias=False, **dd)
         self.feature_info: list[dict[str, Any]] = []
         self.stages = nn.Sequential()
@@ -179,6 +186,14 @@ class CifarResNet(OpenAtacWeights, nn.Module):
 
         self.num_features = in_chs
         self.norm = norm(in_chs, **dd)
+        if data_norm_layer is None and not isinstance(self.norm, (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)):
+            warnings.warn(
+                f'norm_layer={norm_layer!r}, data_norm_layer=None: the norm of the images is still a BatchNorm. In '
+                f'training, the logits of an image then depend on the other images of the batch. Pass '
+                f"data_norm_layer='' for no such norm, 'groupnorm1' for one that does not mix images, or 'batchnorm2d' "
+                f'to keep this one.',
+                stacklevel=2,
+            )
         self.act = create_activation(channels=in_chs, norm_layer=norm, **acts[-1], **dd)
         self.reset_classifier(num_classes, global_pool)
         self.init_weights(zero_init_last)
@@ -328,7 +343,7 @@ def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: nn.Module) 
     timm does so for the weight of the first convolution. One channel gets the mean over the checkpoint's channels; for
     more channels than in the checkpoint, these are repeated.
     """
-    in_chans = cast(int, model.get_submodule('data_bn').num_features)
+    in_chans = cast(int, model.in_chans)
     out = dict(state_dict)
     for name in ('data_bn.running_mean', 'data_bn.running_var'):
         stat = out.get(name)

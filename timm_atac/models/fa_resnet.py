@@ -12,6 +12,7 @@ import torch.nn as nn
 from timm.layers import use_fused_attn
 from timm.models import generate_default_cfgs
 
+from ..units.exported_attention import CeilAvgPool2d, CeilMaxPool2d, convolution_of_mixtures, is_dynamic
 from ..units.local_attention import local_attention, tile_attention
 from ._build import build_model
 from ._stages import LayeredResNet, SpatialBottleneck, StageBlock, imagenet_cfg
@@ -20,6 +21,7 @@ __all__ = ['AttentionStem', 'FAResNet', 'LocalAttention2d', 'MixedConv2d']
 
 # torch.fx does not trace into these functions, since they compute with sizes
 torch.fx.wrap('local_attention')
+torch.fx.wrap('mixed_convolution')
 torch.fx.wrap('tile_attention')
 
 
@@ -92,7 +94,7 @@ class LocalAttention2d(nn.Module):
         dim_head = out_channels // num_heads
         self.row_embed = nn.Parameter(torch.empty(dim_head // 2, window, **dd))
         self.col_embed = nn.Parameter(torch.empty(dim_head // 2, window, **dd))
-        self.pool = nn.AvgPool2d(2, 2, ceil_mode=True) if stride == 2 else nn.Identity()
+        self.pool = CeilAvgPool2d() if stride == 2 else nn.Identity()
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -140,15 +142,22 @@ class MixedConv2d(nn.Conv2d):
             nn.init.normal_(embedding, std=len(self.mix_embed) ** -0.25)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        batch, channels, height, width = x.shape
-        tile = self.tile
         share = ((self.row_embed + self.col_embed) @ self.mix_embed).softmax(dim=-1)  # (tile, tile, mixtures)
-        weight = self.weight.view(share.shape[-1], -1, channels)
-        weight = torch.einsum('pqm,mdc->pqdc', share.to(weight.dtype), weight)
-        x = nn.functional.pad(x, (0, -width % tile, 0, -height % tile))  # cheap: images have few channels
-        x = x.reshape(batch, channels, x.shape[2] // tile, tile, x.shape[3] // tile, tile)
-        y = torch.einsum('bchpwq,pqdc->bdhpwq', x, weight)
-        return y.flatten(4).flatten(2, 3)[:, :, :height, :width]
+        return mixed_convolution(x, self.weight, share)
+
+
+def mixed_convolution(x: torch.Tensor, weight: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
+    """Compute the output of `MixedConv2d`. The arguments are those of `convolution_of_mixtures`."""
+    if not torch.jit.is_scripting():
+        if is_dynamic(x):
+            return convolution_of_mixtures(x, weight, share)
+    batch, channels, height, width = x.shape
+    tile, mixtures = share.shape[1:]
+    weight = torch.einsum('pqm,mdc->pqdc', share.to(weight.dtype), weight.view(mixtures, -1, channels))
+    x = nn.functional.pad(x, (0, -width % tile, 0, -height % tile))  # cheap: images have few channels
+    x = x.reshape(batch, channels, x.shape[2] // tile, tile, x.shape[3] // tile, tile)
+    y = torch.einsum('bchpwq,pqdc->bdhpwq', x, weight)
+    return y.flatten(4).flatten(2, 3)[:, :, :height, :width]
 
 
 class AttentionStem(nn.Module):
@@ -204,6 +213,11 @@ class AttentionStem(nn.Module):
 class FAResNet(LayeredResNet):
     """timm's ResNet with `LocalAttention2d` for every 3x3 convolution, for images of any size.
 
+    It exports to ONNX by both exporters. A dynamic height and width of `torch.export` and of `torch.onnx.export` with
+    `dynamo=True` must be at least 33 (`Dim('height', min=33)`), so that the last map has two rows and columns. Such a
+    graph, and each graph of `dynamo=False`, copies keys and values 49 times; one for a fixed size of `dynamo=True`
+    copies them 3.4 times. `torch.export` with `strict=True` only exports a fixed height and width.
+
     Args:
         layers: Blocks (timm's `Bottleneck`) in each stage.
         in_chans: Channels of the images.
@@ -233,7 +247,7 @@ class FAResNet(LayeredResNet):
             dd: dict[str, Any] = {name: kwargs.get(name) for name in ('device', 'dtype')}
             channels = cast(nn.Conv2d, self.conv1).out_channels
             self.conv1 = AttentionStem(in_chans, channels, **dd)  # type: ignore[assignment]
-            self.maxpool = nn.MaxPool2d(4, 4, ceil_mode=True)  # type: ignore[assignment]
+            self.maxpool = CeilMaxPool2d(4)  # type: ignore[assignment]
             self.feature_info[0]['reduction'] = 1
 
 

@@ -93,7 +93,7 @@ class ChannelBottleneck(ChannelModule):
         rd_channels = get_rd_channels(channels, self.rd_ratio)
         self.conv1 = nn.Conv2d(channels, rd_channels, kernel_size=1, bias=False, **dd)
         self.bn1 = self._norm_layer(rd_channels, **dd)
-        self.act = create_act_layer(self._act_layer, inplace=True) or nn.Identity()
+        self.act = create_act_layer(self._act_layer) or nn.Identity()  # not in place: full backward hooks forbid it
         self.act.to(**dd)  # PReLU has a parameter
         self.conv2 = nn.Conv2d(rd_channels, channels, kernel_size=1, bias=False, **dd)
         self.bn2 = self._norm_layer(channels, **dd)

@@ -58,7 +58,8 @@ def create_activation(
             f'(For an attn_layer, pass a partial: attn_layer=partial(timm_atac.LocalSE, rd_ratio={rd_ratio!r}).)'
         )
     if 'channels' not in accepted:
-        return create_act_layer(layer, inplace=True).to(device=device, dtype=dtype)
+        # not in place: full backward hooks forbid it, and autograd stores as many bytes either way
+        return create_act_layer(layer).to(device=device, dtype=dtype)
 
     options: dict[str, Any] = dict(
         channels=channels, rd_ratio=rd_ratio, input_fmt=input_fmt, device=device, dtype=dtype

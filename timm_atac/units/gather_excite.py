@@ -74,7 +74,7 @@ class GatherExcite(nn.Module):
         self.gather = nn.Sequential(
             MapConv2d(channels, channels, cast(Any, feat_size), groups=channels, bias=False, **dd),
             norm(channels, **dd),
-            act(inplace=True),
+            act(),  # not in place: full backward hooks forbid it
         )
         self.mlp = ConvMlp(channels, get_rd_channels(channels, rd_ratio), act_layer=act, **dd)
         self.gate = create_act_layer(gate_layer)

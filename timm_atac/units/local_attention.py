@@ -7,12 +7,16 @@ A map is divided into tiles. All positions of a tile use the same keys and value
 surroundings, 13 x 13 for a tile of 7 x 7 and a window of 7 x 7. Logits are products of small matrices, masked outside
 of each position's window. Keys and values are copied 3.4 times instead of 49 times. The backward pass recomputes all of
 this from queries, keys and values.
+
+`exported_attention.py` has other forms for `torch.onnx.export` with `dynamo=False`, which does not know overlapping
+tiles, and for `torch.export` with a dynamic height or width.
 """
 
 import torch
 import torch.nn.functional as F
 
 from ..utils.recompute import recomputed
+from .exported_attention import attention_by_neighbours, attention_in_unfolded_tiles, is_dynamic
 
 __all__ = ['local_attention', 'tile_attention']
 
@@ -47,6 +51,8 @@ def local_attention(
     if torch.jit.is_scripting():
         return _local_attention(q, k, v, row_embed, col_embed, num_heads, tile)
     else:  # not compiled by TorchScript
+        if is_dynamic(q) or (torch.jit.is_tracing() and torch.onnx.is_in_onnx_export()):
+            return attention_by_neighbours(q, k, v, row_embed, col_embed, num_heads)
         return recomputed(_local_attention, q, k, v, row_embed, col_embed, num_heads, tile)
 
 
@@ -154,6 +160,8 @@ def tile_attention(
     if torch.jit.is_scripting():
         return _tile_attention(q, k, v, num_heads, tile, fused)
     else:  # not compiled by TorchScript
+        if is_dynamic(q):
+            return attention_in_unfolded_tiles(q, k, v, num_heads, tile)
         return recomputed(_tile_attention, q, k, v, num_heads, tile, fused)
 
 
