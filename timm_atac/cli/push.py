@@ -27,7 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what = parser.add_mutually_exclusive_group(required=True)
     help = 'folder that `timm-atac convert` has written, or any other after `timm-atac card`'
     what.add_argument('folder', nargs='?', type=Path, metavar='OUT_DIR', help=help)
-    what.add_argument('--model', metavar='ARCH.TAG', help='push the published weights of a tag, in this package or downloaded')
+    what.add_argument(
+        '--model', metavar='ARCH.TAG', help='push the published weights of a tag, in this package or downloaded'
+    )
     help = 'default: ARCH.TAG of the organisation in TIMM_ATAC_HUB_ORG'
     parser.add_argument('--repo', metavar='OWNER/NAME', help=help)
     parser.add_argument('--private', action='store_true', help='make a new repository private')

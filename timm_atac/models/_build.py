@@ -62,12 +62,13 @@ def build_model(
         if pretrained and failed_source(error):
             cfg = resolve_pretrained_cfg(variant, pretrained_cfg, dict(overlay)).to_dict()
             name = f'{variant}.{cfg.get("tag")}'
+            name = name if name in PUBLISHED and PUBLISHED[name].url else variant
             entries = {'file': 'FILE', **{key: value for key, value in overlay.items() if key not in SOURCES}}
             with_overlay = 'pretrained_cfg_overlay=dict(' + ', '.join(f'{k}={v!r}' for k, v in entries.items()) + ')'
             explain_failed_download(
                 error,
                 cfg,
-                f'timm.create_model({name if name in PUBLISHED else variant!r}, pretrained=True, {with_overlay})',
+                f'timm.create_model({name!r}, pretrained=True, {with_overlay})',
                 "timm.create_model('local-dir:FOLDER', pretrained=True)",
                 cache_dir,
             )
