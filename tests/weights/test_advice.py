@@ -129,7 +129,7 @@ def test_another_answer(site, home, monkeypatch, content, hint) -> None:
         dict(pretrained_cfg_overlay=dict(colour=1)),
         dict(pretrained_cfg_overlay=dict(file='missing.params')),
         dict(pretrained_cfg_overlay=dict(file=str(FILE), custom_load=False)),
-        dict(),
+        dict(pretrained_cfg='cifar100'),
     ],
     ids=str,
 )

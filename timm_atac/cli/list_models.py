@@ -25,6 +25,7 @@ def run(args: argparse.Namespace) -> None:
     from .._register import MODULES
     from ..hub.profile import profile
     from ..utils.words import counted, did_you_mean
+    from ..weights.published import packaged_file
 
     rows = [('model', 'params', 'MACs', 'tags', 'weights')]
     names = timm.list_models(module=list(MODULES))
@@ -36,6 +37,7 @@ def run(args: argparse.Namespace) -> None:
         cells = (name, f'{stats.params:.2f} M', f'{stats.gmacs:.3f} G')
         for full_name, cfg in cfgs.items():
             weights = f'hf-hub:{cfg.hf_hub_id}' if cfg.hf_hub_id else str(cfg.url or 'none')
+            weights = 'in this package' if packaged_file(full_name) else weights
             rows.append((*cells, full_name.partition('.')[2], weights))
             cells = ('', '', '')  # once for each model
     if len(rows) == 1:

@@ -27,7 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what = parser.add_mutually_exclusive_group(required=True)
     help = 'folder that `timm-atac convert` has written, or any other after `timm-atac card`'
     what.add_argument('folder', nargs='?', type=Path, metavar='OUT_DIR', help=help)
-    what.add_argument('--model', metavar='ARCH.TAG', help='download, convert and push the published weights of a tag')
+    what.add_argument(
+        '--model', metavar='ARCH.TAG', help='push the published weights of a tag, in this package or downloaded'
+    )
     help = 'default: ARCH.TAG of the organisation in TIMM_ATAC_HUB_ORG'
     parser.add_argument('--repo', metavar='OWNER/NAME', help=help)
     parser.add_argument('--private', action='store_true', help='make a new repository private')
@@ -73,11 +75,11 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _download(name: str, folder: Path) -> Path:
-    """Download the published weights of a tag from the authors, not from the Hub, and convert them."""
+    """Write the published weights of a tag to a folder: those in this package, or the authors' own, not from the Hub."""
     from ..hub.convert_files import create_model
     from ..hub.export import export
 
-    _logger.info('Loading %s', PUBLISHED[name].url)
+    _logger.info('Loading %s', PUBLISHED[name].url or name)
     export(create_model(name, pretrained=True, pretrained_cfg_overlay={'hf_hub_id': ''}), folder)
     return folder
 

@@ -20,7 +20,7 @@ from ..units.atac import ACTIVATIONS
 from ..utils.words import counted, did_you_mean, one_line
 from ..weights.convert import ConversionError, array_shapes, to_arrays, to_state_dict
 from ..weights.folder import load_folder
-from ..weights.identity import record_source
+from ..weights.identity import record_source, tensor_hash
 from ..weights.params import read_params, write_params
 from ..weights.pretrained import check_published
 from ..weights.published import PUBLISHED
@@ -71,14 +71,17 @@ def params_to_folder(
     if architecture not in known:
         similar = get_close_matches(architecture, known, n=2) or known
         raise ModelError(f"{architecture!r} is not one of the authors' networks; expected {' or '.join(similar)}.")
-    if name in PUBLISHED:
+    authors = sorted(known for known, published in PUBLISHED.items() if published.git_blob)
+    if name in authors:
         _logger.info('Checking the git blob id of %s', path)
         try:
             check_published(path, name)
         except ValueError as error:
             raise ConversionError(str(error)) from None
-    elif tag in {published.partition('.')[2] for published in PUBLISHED}:
-        raise ModelError(f'the tag {tag!r} belongs to {" and ".join(PUBLISHED)}; give another tag, or none.')
+    elif name in PUBLISHED:
+        raise ModelError(f'the tag {tag!r} belongs to the weights in this package; give another tag, or none.')
+    elif tag in {published.partition('.')[2] for published in authors}:
+        raise ModelError(f'the tag {tag!r} belongs to {" and ".join(authors)}; give another tag, or none.')
     arrays = read_params(path)
     size = sum(array.nbytes for array in arrays.values())
     _logger.info('Read %s: %s, %.1f MB', path, counted(len(arrays), 'array'), size / 1e6)
@@ -90,11 +93,11 @@ def params_to_folder(
             raise ConversionError(f'{error}\nThe arrays fit another network: give {" or ".join(fitting)}.') from None
         raise
     model.load_state_dict(state_dict)
-    if name in PUBLISHED:
-        record_source(model, name, state_dict)
+    if name in authors:
+        record_source(model, name, tensor_hash(state_dict))
     _logger.info('Writing %s: weights, config, picture and card', folder)
     facts = None  # those that are known of published weights
-    if name not in PUBLISHED:
+    if name not in authors:
         facts = {'description': f'{architecture}, converted from the MXNet file {Path(path).name}.'}
         facts |= {'name': name} if tag else {}
     export(model, folder, facts, image, model_args)

@@ -21,6 +21,7 @@ from .._timm import feature_take_indices
 from ..units.atac import LocalSE
 from ..units.checks import check_stages
 from ..units.create import create_activation, init_weights
+from ..weights.published import cfg_fields
 from ._build import build_model
 from ._open_atac import OpenAtacWeights
 
@@ -383,10 +384,12 @@ def _cfg(url: str = '', **kwargs) -> dict[str, Any]:
     }
 
 
+_CIFAR10_LABELS = ('airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck')
+
 # `_register.py` registers the entry function named by each key.
 default_cfgs = generate_default_cfgs(
     {
-        f'{arch}.{tag}': _cfg(num_classes=num_classes)
+        f'{arch}.{tag}': _cfg(num_classes=num_classes, label_names=labels, **cfg_fields(f'{arch}.{tag}'))
         for arch in (
             'resnet8_cifar',
             'resnet14_cifar',
@@ -398,7 +401,7 @@ default_cfgs = generate_default_cfgs(
             'atac_resnet20_cifar',
             'atac_resnet26_cifar',
         )
-        for tag, num_classes in (('cifar10', 10), ('cifar100', 100))
+        for tag, num_classes, labels in (('cifar10', 10, _CIFAR10_LABELS), ('cifar100', 100, None))
     }
 )
 

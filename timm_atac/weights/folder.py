@@ -95,6 +95,7 @@ def mend_config(config: Mapping[str, Any], model: Any) -> dict[str, Any]:
 
     - `model_args` has no `num_classes`: transformers 5 ends with a KeyError there.
     - `pretrained_cfg` has the classes and channels of the model; timm before 1.0.31 writes those of the source.
+    - `label_names` is at the top, where transformers reads it, and is left out if the model has other classes.
     - What timm's registry says of other weights is left out, see `timm_atac.weights.identity`.
 
     Args:
@@ -109,6 +110,9 @@ def mend_config(config: Mapping[str, Any], model: Any) -> dict[str, Any]:
     cfg = config['pretrained_cfg']
     cfg['custom_load'] = False
     cfg['num_classes'] = model.num_classes
+    names = cfg.pop('label_names', None)
+    if names and len(names) == model.num_classes:
+        config.setdefault('label_names', list(names))
     channels, *sides = _timm.input_size(model)
     cfg['input_size'] = [channels, *cfg.get('input_size', (0, *sides))[1:]]
     if channels not in (1, 3):

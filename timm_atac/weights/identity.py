@@ -56,17 +56,17 @@ def tensor_hash(state_dict: Mapping[str, torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
-def record_source(model: Any, name: str, state_dict: Mapping[str, torch.Tensor]) -> None:
+def record_source(model: Any, name: str, weights: str) -> None:
     """Write into a model's pretrained cfg which published weights were loaded. timm copies the cfg to `config.json`.
 
     Args:
         model: The network.
         name: ARCH.TAG of the weights.
-        state_dict: The published tensors, before timm adapted them to other classes or input channels.
+        weights: Hash of the published tensors, before timm adapted them to other classes or input channels.
     """
     model.pretrained_cfg = {
         **model.pretrained_cfg,
-        'notes': (f'Loaded from {name} (sha256:{tensor_hash(state_dict)})',),
+        'notes': (f'Loaded from {name} (sha256:{weights})',),
     }
     model.default_cfg = model.pretrained_cfg
 

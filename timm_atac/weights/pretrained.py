@@ -10,7 +10,7 @@ from timm.models import load_state_dict
 
 from .. import _timm
 from .convert import to_state_dict
-from .identity import record_source
+from .identity import record_source, tensor_hash
 from .params import is_params, read_params
 from .published import PUBLISHED
 
@@ -38,7 +38,8 @@ def load_pretrained(model: Any, path: str | os.PathLike[str]) -> None:
         state_dict = to_state_dict(read_params(path), model, cfg['input_size'][0], cfg['num_classes'])
     else:  # timm before 1.0.29 calls us for a `file` in the cfg whatever its format
         state_dict = load_state_dict(str(path), weights_only=True)
-    published = dict(state_dict) if in_authors_format and name in PUBLISHED else None  # timm changes `state_dict`
+    is_published = in_authors_format and name in PUBLISHED and PUBLISHED[name].git_blob
+    weights = tensor_hash(state_dict) if is_published else None  # timm changes `state_dict`
     nowhere = dict.fromkeys(('source', 'url', 'file', 'hf_hub_id', 'hf_hub_filename'))
     load_into(
         model,
@@ -47,8 +48,8 @@ def load_pretrained(model: Any, path: str | os.PathLike[str]) -> None:
         in_chans=model.conv1.in_channels,
         filter_fn=_timm.adapt_state_dict,
     )
-    if published is not None:
-        record_source(model, name, published)
+    if weights is not None:
+        record_source(model, name, weights)
 
 
 def check_published(path: str | os.PathLike[str], name: str) -> None:
@@ -56,14 +57,15 @@ def check_published(path: str | os.PathLike[str], name: str) -> None:
 
     Args:
         path: The file.
-        name: ARCH.TAG. One that is not in `PUBLISHED` stands for no file, and every file passes.
+        name: ARCH.TAG. If it does not stand for a file of the authors, every file passes.
 
     Raises:
         ValueError: It is another file; the message has both git blob ids.
     """
-    if name not in PUBLISHED:
+    expected = PUBLISHED[name].git_blob if name in PUBLISHED else None
+    if expected is None:
         return
-    found, expected = git_blob_id(path), PUBLISHED[name].git_blob
+    found = git_blob_id(path)
     if found != expected:
         architecture = name.partition('.')[0]
         web_page = '' if is_params(path) else 'It is no .params file at all, but perhaps the web page of a proxy. '

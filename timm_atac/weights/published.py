@@ -1,9 +1,10 @@
-"""The tags that have weights, and where: in the authors' files or in our repositories on the Hub."""
+"""The tags that have weights, and where: in the authors' files, in this package, or in our repositories on the Hub."""
 
 import os
+from pathlib import Path
 from typing import Any, NamedTuple
 
-__all__ = ['HUB_ORG', 'PUBLISHED', 'Published', 'cfg_fields']
+__all__ = ['HUB_ORG', 'PUBLISHED', 'Published', 'cfg_fields', 'packaged_file', 'packaged_name']
 
 HUB_ORG = os.environ.get('TIMM_ATAC_HUB_ORG', '').strip()
 """Owner of the repositories `HUB_ORG/ARCH.TAG` on the Hub, '' if there are none. It is read when timm is imported.
@@ -14,24 +15,26 @@ then loads the published weights from the Hub.
 
 
 class Published(NamedTuple):
-    """A file that the authors have published.
+    """Weights that a tag stands for: a file that the authors have published, or a safetensors file in this package.
 
     Attributes:
-        url: Its address.
-        git_blob: Its git blob id, see `timm_atac.weights.pretrained.git_blob_id`.
+        url: Address of the authors' file, None for a file in this package.
+        git_blob: Git blob id of the authors' file, see `timm_atac.weights.pretrained.git_blob_id`.
         trained: Who trained the weights on what, as the end of a sentence.
         tensors: Hash of the tensors, see `timm_atac.weights.identity.tensor_hash`. `card.yaml` in the folder of
             `timm-atac convert` has it as `weights`. None as long as nobody has converted the file and filled it in:
             then weights are only known to be the published ones if they were loaded from the file.
     """
 
-    url: str
-    git_blob: str
+    url: str | None
+    git_blob: str | None
     trained: str = ''
     tensors: str | None = None
 
 
 _OPEN_ATAC = 'https://github.com/YimianDai/open-atac'
+_FILES = Path(__file__).with_name('files')
+_ON_CIFAR10 = 'trained on the JPEG copy of CIFAR-10 by the authors of timm_atac'
 
 PUBLISHED = {
     'atac_resnet50.open_atac_in1k': Published(
@@ -39,14 +42,40 @@ PUBLISHED = {
         git_blob='68dc6dabee84f1f42746d06553aba6bfa04615d3',
         trained="trained on ImageNet-1k by the paper's authors",
     ),
+    # `python tools/package_weights.py` writes the files, and prints these lines
+    'resnet8_cifar.cifar10': Published(
+        None, None, _ON_CIFAR10, 'ae57350b8d8bd5f95d23e786f4857c5d3aa126cac42625dc94d0b9f792973e56'
+    ),
+    'atac_resnet8_cifar.cifar10': Published(
+        None, None, _ON_CIFAR10, '01b349668f2128ca39f2776c1352c71ada829c52cc261d525f79758a3d59f902'
+    ),
 }
 
 
 def cfg_fields(name: str) -> dict[str, Any]:
-    """Return the fields of a pretrained cfg that say where the weights are. timm prefers the Hub to the address.
+    """Return the fields of a pretrained cfg that say where the weights are, {} if the tag has none.
+
+    timm prefers a file to the Hub, and the Hub to an address. So the weights in this package are loaded with
+    `TIMM_ATAC_HUB_ORG` too.
 
     Args:
-        name: ARCH.TAG, a key of `PUBLISHED`.
+        name: ARCH.TAG.
     """
+    if name not in PUBLISHED:
+        return {}
+    if file := packaged_file(name):
+        return {'file': str(file), 'license': 'apache-2.0'}
     fields = {'url': PUBLISHED[name].url, 'custom_load': True, 'origin_url': _OPEN_ATAC}
     return {**fields, 'hf_hub_id': f'{HUB_ORG}/{name}'} if HUB_ORG else fields
+
+
+def packaged_file(name: str) -> Path | None:
+    """Return the file in this package with the weights of ARCH.TAG, None if they are not in it."""
+    return _FILES / f'{name}.safetensors' if name in PUBLISHED and PUBLISHED[name].url is None else None
+
+
+def packaged_name(file: Any) -> str | None:
+    """Return ARCH.TAG of a file in this package, None for any other path and what is no path."""
+    if not isinstance(file, (str, os.PathLike)) or Path(file).parent != _FILES:
+        return None
+    return Path(file).stem
