@@ -75,8 +75,8 @@ def _package(row: Row, folder: Path, data: ImageData) -> list[str]:
         facts = yaml.safe_dump(_facts(name, row, top1, top5), sort_keys=False, allow_unicode=True, width=110)
         file.write(b'# Written by tools/package_weights.py from the row of the training.\n' + facts.encode())
     digest = tensor_hash(state_dict)
-    print(f"    '{name}': Published(None, None, _ON_CIFAR10, '{digest}'),")
-    PUBLISHED[name] = Published(None, None, tensors=digest)  # or `save_for_hf` would leave out the tag
+    print(f"    '{name}': Published(trained=_ON_CIFAR10, tensors='{digest}'),")
+    PUBLISHED[name] = Published(tensors=digest)  # or `save_for_hf` would leave out the tag
     with tempfile.TemporaryDirectory() as saved:
         save_for_hf(model, saved)
         shutil.copyfile(Path(saved, CONFIG), configs / CONFIG)

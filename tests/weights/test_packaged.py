@@ -18,7 +18,7 @@ from timm_atac.weights.folder import read_config
 from timm_atac.weights.identity import tensor_hash
 from timm_atac.weights.published import PUBLISHED, packaged_file, packaged_name
 
-NAMES = sorted(name for name, published in PUBLISHED.items() if published.url is None)
+NAMES = sorted(name for name, published in PUBLISHED.items() if not published.git_blob)
 NAME = 'atac_resnet8_cifar'
 IMAGES = Path(__file__).parents[3] / 'shared' / 'cifar10' / 'cifar10-jpeg.tar.xz'
 # Logits of `pattern()`. They were computed once, by the networks whose accuracy results/results-cifar10.csv has.
@@ -102,12 +102,13 @@ def test_another_source_of_the_user(tmp_path, monkeypatch) -> None:
     other = timm.create_model(NAME).state_dict()
     torch.save(other, tmp_path / 'other.pth')
     asked: list[Any] = []
-    monkeypatch.setattr(
-        'timm.models._builder.load_state_dict_from_url', lambda url, **kwargs: asked.append(url) or dict(other)
-    )
-    monkeypatch.setattr(
-        'timm.models._builder.load_state_dict_from_hf', lambda source, *args, **kwargs: asked.append(source) or other
-    )
+
+    def load(source: Any, *args, **kwargs) -> dict[str, torch.Tensor]:
+        asked.append(source)
+        return dict(other)
+
+    monkeypatch.setattr('timm.models._builder.load_state_dict_from_url', load)
+    monkeypatch.setattr('timm.models._builder.load_state_dict_from_hf', load)
     overlays: list[dict[str, Any]] = [
         dict(url='https://example.org/other.pth'),
         dict(hf_hub_id='me/other'),
@@ -145,14 +146,14 @@ def test_accuracy(name, tmp_path) -> None:
     if not IMAGES.is_file():
         pytest.skip(f'{IMAGES} is not there: the JPEG copy of CIFAR-10 is no part of this project')
     images, labels = [], []
-    classes = timm.get_pretrained_cfg(name).label_names
+    cfg: Any = timm.get_pretrained_cfg(name)
     with tarfile.open(IMAGES) as archive:
         for member in archive:
             parts = Path(member.name).parts
             if member.isfile() and 'test' in parts:
                 with Image.open(archive.extractfile(member)) as image:  # type: ignore[arg-type]
                     images.append(to_tensor(image.convert('RGB')))
-                labels.append(classes.index(parts[-2]))
+                labels.append(cfg.label_names.index(parts[-2]))
     assert len(images) == 10_000
     model: Any = timm.create_model(name, pretrained=True).eval()
     mean, std = (torch.tensor(model.pretrained_cfg[key]).view(1, 3, 1, 1) for key in ('mean', 'std'))

@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _download(name: str, folder: Path) -> Path:
-    """Write the published weights of a tag to a folder: those in this package, or the authors' own, not from the Hub."""
+    """Write the published weights of a tag to a folder: those in this package or the authors', never the Hub's."""
     from ..hub.convert_files import create_model
     from ..hub.export import export
 

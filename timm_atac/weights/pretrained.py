@@ -62,8 +62,8 @@ def check_published(path: str | os.PathLike[str], name: str) -> None:
     Raises:
         ValueError: It is another file; the message has both git blob ids.
     """
-    expected = PUBLISHED[name].git_blob if name in PUBLISHED else None
-    if expected is None:
+    expected = PUBLISHED[name].git_blob if name in PUBLISHED else ''
+    if not expected:
         return
     found = git_blob_id(path)
     if found != expected:

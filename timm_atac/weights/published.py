@@ -18,7 +18,7 @@ class Published(NamedTuple):
     """Weights that a tag stands for: a file that the authors have published, or a safetensors file in this package.
 
     Attributes:
-        url: Address of the authors' file, None for a file in this package.
+        url: Address of the authors' file, '' for a file in this package.
         git_blob: Git blob id of the authors' file, see `timm_atac.weights.pretrained.git_blob_id`.
         trained: Who trained the weights on what, as the end of a sentence.
         tensors: Hash of the tensors, see `timm_atac.weights.identity.tensor_hash`. `card.yaml` in the folder of
@@ -26,8 +26,8 @@ class Published(NamedTuple):
             then weights are only known to be the published ones if they were loaded from the file.
     """
 
-    url: str | None
-    git_blob: str | None
+    url: str = ''
+    git_blob: str = ''
     trained: str = ''
     tensors: str | None = None
 
@@ -44,10 +44,10 @@ PUBLISHED = {
     ),
     # `python tools/package_weights.py` writes the files, and prints these lines
     'resnet8_cifar.cifar10': Published(
-        None, None, _ON_CIFAR10, 'ae57350b8d8bd5f95d23e786f4857c5d3aa126cac42625dc94d0b9f792973e56'
+        trained=_ON_CIFAR10, tensors='ae57350b8d8bd5f95d23e786f4857c5d3aa126cac42625dc94d0b9f792973e56'
     ),
     'atac_resnet8_cifar.cifar10': Published(
-        None, None, _ON_CIFAR10, '01b349668f2128ca39f2776c1352c71ada829c52cc261d525f79758a3d59f902'
+        trained=_ON_CIFAR10, tensors='01b349668f2128ca39f2776c1352c71ada829c52cc261d525f79758a3d59f902'
     ),
 }
 
@@ -71,7 +71,7 @@ def cfg_fields(name: str) -> dict[str, Any]:
 
 def packaged_file(name: str) -> Path | None:
     """Return the file in this package with the weights of ARCH.TAG, None if they are not in it."""
-    return _FILES / f'{name}.safetensors' if name in PUBLISHED and PUBLISHED[name].url is None else None
+    return _FILES / f'{name}.safetensors' if name in PUBLISHED and not PUBLISHED[name].git_blob else None
 
 
 def packaged_name(file: Any) -> str | None:
