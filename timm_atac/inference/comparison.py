@@ -2,8 +2,8 @@
 
 import copy
 import logging
-from collections.abc import Iterator
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -14,13 +14,15 @@ from torch.utils._pytree import tree_flatten, tree_iter, tree_map_only
 from ..utils.autocast import without_autocast
 from ..utils.forward_pass import floating_point_tensors
 
-__all__ = ['Comparison', 'with_other_shapes']
+__all__ = ['Comparison', 'keep_random_state', 'with_other_shapes']
 
 _logger = logging.getLogger(__name__)
 
-# of the largest value of an output, several times what models of timm have shown in float32 (2e-4) and bfloat16
-_TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-2}
-_LOW_PRECISION = 0.25
+# Differences relative to the largest value of an output that are accepted at once. With random norms, models of timm
+# showed up to 2.4e-4 in float32 and 0.007 in float16; bfloat16 mostly 0.05, but 0.3 in efficientnet_b0.
+_TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-2, torch.float16: 0.05, torch.bfloat16: 0.1}
+_OTHER_TOLERANCE = 0.25
+_TF32_EPS = 2**-10
 
 
 class Comparison:
@@ -57,28 +59,39 @@ class Comparison:
             *(type(model).__name__, device or 'its devices', str(error).partition('\n')[0]),
         )
 
-    def check(self, model: nn.Module) -> None:
-        """Raise RuntimeError if the model, which has been changed, has other outputs."""
+    def check(self, model: nn.Module, original: nn.Module) -> None:
+        """Raise RuntimeError if the changed model has other outputs.
+
+        If they differ much, the difference is compared with that of a model whose weights have other rounding errors,
+        because some models amplify these.
+
+        Args:
+            model: The model after the change.
+            original: The model before the change, in any mode.
+        """
         if self._inputs is None:
             return
+        name = type(model).__name__
         tolerance = _tolerance(model, self._expected)
         try:
             found = _run(model, self._inputs)
         except Exception as error:
             raise RuntimeError(
-                f'fuse: the fused copy of {type(model).__name__} does not run: {type(error).__name__}: '
+                f'fuse: the fused copy of {name} does not run: {type(error).__name__}: '
                 f'{str(error).partition(chr(10))[0]}. {_REMEDY}'
             ) from error
         difference = _difference(self._expected, found)
         if difference <= tolerance:
             return
         if _difference(found, _run(model, self._inputs)) > tolerance:
-            _logger.warning('%s: outputs are random, and are not compared.', type(model).__name__)
+            _logger.warning('%s: its outputs are random, so those of the fused model are not compared.', name)
             return
-        raise RuntimeError(
-            f'fuse: the fused copy of {type(model).__name__} computes another function: its outputs on the example '
-            f'input differ by {difference:.2g} of the largest output, and rounding explains {tolerance:g}. {_REMEDY}'
-        )
+        tolerance = max(tolerance, 4 * _difference(self._expected, _run(_with_rounding_errors(original), self._inputs)))
+        if difference > tolerance or difference == float('inf'):
+            raise RuntimeError(
+                f'fuse: the fused copy of {name} computes another function: its outputs on the example input differ '
+                f'by {difference:.2g} of the largest output, and rounding explains {tolerance:.2g}. {_REMEDY}'
+            )
 
 
 _REMEDY = (
@@ -127,18 +140,26 @@ def _randomize_constant(t: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(t).copy_(values)
 
 
-def _run(model: nn.Module, inputs: tuple) -> Any:
-    """Return the outputs of a copy of the model. Autocast is disabled, and the random state is restored."""
-    tensors = [*model.parameters(), *model.buffers(), *(t for t in tree_iter(inputs) if isinstance(t, torch.Tensor))]
-    copied = copy.deepcopy(model, {id(p): p for p in model.parameters()})
-    devices = {t.device for t in tensors}
+@contextmanager
+def keep_random_state(tensors: Iterable[torch.Tensor]) -> Iterator[None]:
+    """A context that restores PyTorch's random number generators of the CPU and of the devices of some tensors."""
+    devices = {t.device for t in tensors} - {torch.device('cpu'), torch.device('meta')}
     with ExitStack() as stack:
-        for device in devices:
-            stack.enter_context(without_autocast(device))
-        for device_type in {device.type for device in devices} - {'cpu'}:
+        for device_type in {device.type for device in devices}:
             indices = [device.index for device in devices if device.type == device_type]
             stack.enter_context(torch.random.fork_rng(indices, device_type=device_type))
         stack.enter_context(torch.random.fork_rng([]))
+        yield
+
+
+def _run(model: nn.Module, inputs: tuple) -> Any:
+    """Return the outputs of a copy of the model. Autocast is disabled, and the random state is restored."""
+    copied = copy.deepcopy(model, {id(p): p for p in model.parameters()})
+    tensors = [*model.parameters(), *model.buffers(), *(t for t in tree_iter(inputs) if isinstance(t, torch.Tensor))]
+    with ExitStack() as stack:
+        for device in {t.device for t in tensors}:
+            stack.enter_context(without_autocast(device))
+        stack.enter_context(keep_random_state(tensors))
         output = copied(*tree_map_only(torch.Tensor, torch.clone, inputs))
         return tree_map_only(torch.Tensor, lambda t: t.detach().clone(), output)
 
@@ -157,6 +178,9 @@ def _relative(expected: torch.Tensor, found: Any) -> float:
         return float('inf')
     if expected.is_sparse or expected.is_quantized or not expected.numel():
         return 0.0
+    if not expected.is_floating_point() and not expected.is_complex():
+        # rounding may change a few, for example an index of the largest value
+        return float('inf') if (expected != found).double().mean() > 0.5 else 0.0
     a, b = (t.to(torch.complex128 if t.is_complex() else torch.float64) for t in (expected.cpu(), found.cpu()))
     finite = a.isfinite()  # a sum that overflows before a norm need not overflow in a folded layer
     if not finite.all():
@@ -168,7 +192,21 @@ def _relative(expected: torch.Tensor, found: Any) -> float:
 
 
 def _tolerance(model: nn.Module, output: Any) -> float:
-    """Return the largest relative difference that rounding explains, for the lowest precision in use."""
+    """Return the relative difference that is accepted at once, for the lowest precision in use."""
     tensors = [*floating_point_tensors(model), *(t for t in tree_iter(output) if isinstance(t, torch.Tensor))]
     dtypes = {t.dtype for t in tensors if t.is_floating_point()}
-    return max((_TOLERANCES.get(dtype, _LOW_PRECISION) for dtype in dtypes), default=0.0)
+    return max((_TOLERANCES.get(dtype, _OTHER_TOLERANCE) for dtype in dtypes), default=0.0)
+
+
+def _with_rounding_errors(model: nn.Module) -> nn.Module:
+    """Return a copy in evaluation mode whose weights differ by about the precision of their dtype."""
+    copied = copy.deepcopy(model).eval()
+    generator = torch.Generator().manual_seed(0)
+    for p in copied.parameters():
+        if p.is_floating_point():
+            eps = torch.finfo(p.dtype).eps
+            if p.is_cuda and p.dtype == torch.float32:
+                eps = _TF32_EPS  # in which convolutions compute by default
+            noise = torch.randn(p.shape, generator=generator, device='cpu', dtype=torch.float32)
+            p.data = (p.data.double() * (1 + eps * noise.to(p.device))).to(p.dtype)
+    return copied

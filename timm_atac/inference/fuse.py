@@ -18,11 +18,11 @@ from ..units.atac import ATAC, LocalSE
 from ..units.deferred import ChannelModule
 from ..units.memory_efficient import ATACMe
 from ..utils.autocast import autocast_dtype, cast, without_autocast
-from ..utils.forward_pass import example_inputs, observe_forward, observe_on_meta
+from ..utils.forward_pass import example_inputs, floating_point_tensors, observe_forward, observe_on_meta
 from ..utils.op_by_op import has_hooks, must_run_op_by_op
 from .adjacency import Adjacency, Findings, combine
 from .checks import check_can_be_copied, first_names
-from .comparison import Comparison, with_other_shapes
+from .comparison import Comparison, keep_random_state, with_other_shapes
 from .fold_norms import fold, make_scale_shift
 from .norms import FoldedNorm
 
@@ -193,21 +193,28 @@ def fuse(model: nn.Module, *, example_input: Any = None, kernel: bool | None = N
     fused = copy.deepcopy(model).eval()
     inputs = example_inputs(fused, example_input)
     comparison = Comparison(fused, inputs if example_input is not None else (inputs[0][:1],))
+    with keep_random_state(floating_point_tensors(fused)):
+        _fuse_in_place(fused, inputs, kernel)
+    comparison.check(fused, model)
+    return fused
+
+
+def _fuse_in_place(model: nn.Module, inputs: tuple, kernel: bool | None) -> None:
     module: Any
-    for module in list(fused.modules()):
+    for module in list(model.modules()):
         # timm's `reparameterize_model` also calls `fuse()`, which returns float32 layers of others, and ignores hooks
         by_timm = type(module).__module__.startswith('timm.') and hasattr(module, 'reparameterize')
         if by_timm and not any(has_hooks(part) for part in module.modules()):
             module.reparameterize()
-    observed = _observe(fused, inputs)
-    _warn_of_hooks(fused, observed.of_hooked(True))
+    observed = _observe(model, inputs)
+    _warn_of_hooks(model, observed.of_hooked(True))
     found = observed.of_hooked(False)
     for norm, layer in found.layer_of.items():
         fold(layer, norm)
     for norm, ndim in found.alone.items():
         make_scale_shift(norm, ndim)
     units = []
-    for module in list(fused.modules()):
+    for module in list(model.modules()):
         if isinstance(module, ATAC) and _is_unmodified_unit(module):
             module.__dict__ = vars(FusedATAC(module, kernel).eval())
             module.__class__ = FusedATAC  # type: ignore[assignment]
@@ -218,13 +225,11 @@ def fuse(model: nn.Module, *, example_input: Any = None, kernel: bool | None = N
         module.register_state_dict_pre_hook(_refuse_to_save)
         module.register_load_state_dict_pre_hook(_refuse_to_load)
     if kernel:
-        _warn_of_devices(fused, units)
-    comparison.check(fused)
+        _warn_of_devices(model, units)
     _logger.info(
         '%s: %d norms folded, %d norms became scale and shift, %d units fused',
-        *(type(fused).__name__, len(found.layer_of), len(found.alone), len(units)),
+        *(type(model).__name__, len(found.layer_of), len(found.alone), len(units)),
     )
-    return fused
 
 
 def _observe(model: nn.Module, inputs: tuple) -> Findings:
