@@ -297,18 +297,21 @@ def test_global_state(monkeypatch, state) -> None:
 class Amplifies(nn.Module):
     """Makes rounding errors of a layer large."""
 
-    def __init__(self) -> None:
+    def __init__(self, factor: float) -> None:
         super().__init__()
+        self.factor = factor
         self.conv, self.bn = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = self.bn(self.conv(x)) * 1e5
+        y = self.bn(self.conv(x)) * self.factor
         return y.sin()
 
 
-def test_a_model_that_amplifies_rounding_is_not_refused() -> None:
-    model = with_random_norms(Amplifies(), size=8, dtype=torch.float32)
+@pytest.mark.parametrize('factor, warns', [(1e5, False), (1e7, True)])
+def test_a_model_that_amplifies_rounding_is_not_refused(caplog, factor, warns) -> None:
+    model = with_random_norms(Amplifies(factor), size=8, dtype=torch.float32)
     fused: Any = fuse(model, example_input=images(model, 8))
     assert isinstance(fused.bn, FoldedNorm)
     x = images(model, 8)
     assert (fused(x) - model(x)).abs().max() > 0.01
+    assert ('rounding alone changes them by' in caplog.text) == warns

@@ -22,6 +22,7 @@ _logger = logging.getLogger(__name__)
 # showed up to 2.4e-4 in float32 and 0.007 in float16; bfloat16 mostly 0.05, but 0.3 in efficientnet_b0.
 _TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-2, torch.float16: 0.05, torch.bfloat16: 0.1}
 _OTHER_TOLERANCE = 0.25
+_MOST_ROUNDING = 0.2  # above, a network (fa_resnet50 in bfloat16) is chaotic, and the comparison says nothing
 _TF32_EPS = 2**-10
 
 
@@ -86,8 +87,16 @@ class Comparison:
         if _difference(found, _run(model, self._inputs)) > tolerance:
             _logger.warning('%s: its outputs are random, so those of the fused model are not compared.', name)
             return
-        tolerance = max(tolerance, 4 * _difference(self._expected, _run(_with_rounding_errors(original), self._inputs)))
-        if difference > tolerance or difference == float('inf'):
+        rounding = _difference(self._expected, _run(_with_rounding_errors(original), self._inputs))
+        if rounding > _MOST_ROUNDING and difference != float('inf'):
+            _logger.warning(
+                '%s: the outputs of the fused model are not compared, because rounding alone changes them by %.2g of '
+                'the largest output.',
+                *(name, rounding),
+            )
+            return
+        tolerance = max(tolerance, 4 * rounding)
+        if difference > tolerance:
             raise RuntimeError(
                 f'fuse: the fused copy of {name} computes another function: its outputs on the example input differ '
                 f'by {difference:.2g} of the largest output, and rounding explains {tolerance:.2g}. {_REMEDY}'

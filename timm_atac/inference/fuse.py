@@ -164,8 +164,8 @@ def fuse(model: nn.Module, *, example_input: Any = None, kernel: bool | None = N
     only if that is right in each of these passes. Sizes that the model does not take are left out.
 
     In the end the outputs of the copy are compared with those of the model, in two forward passes on the device of the
-    model. They are not compared if weights are on `meta`, if the model does not run there, or if its outputs are
-    random beyond PyTorch's generators.
+    model. They are not compared if weights are on `meta`, and the logger warns if the model does not run there, if its
+    outputs are random beyond PyTorch's generators, or if rounding alone changes them much.
 
     Args:
         model: Any model, on any device. It is not changed. Of a compiled model, or of a wrapper for parallel training
