@@ -11,7 +11,7 @@ from ..utils.op_by_op import must_run_op_by_op
 
 __all__ = ['FoldedNorm', 'ScaleShift']
 
-_SMALL = 2**18  # values
+_SMALL = 2**19  # values
 
 
 def _check_mode(training: bool) -> None:
@@ -64,7 +64,10 @@ class ScaleShift(nn.Sequential):
 
     @torch.jit.unused
     def _scale_and_shift(self, x: torch.Tensor) -> torch.Tensor:
-        if not must_run_op_by_op(x) and not self._is_small(x):
+        if not must_run_op_by_op(x):
+            if self._is_small(x):
+                y = x * self.scale
+                return y + self.shift if y.requires_grad else y.add_(self.shift)
             # one pass over memory, and half precision is rounded once
             zeros, ones = torch.zeros_like(self.scale).flatten(), torch.ones_like(self.scale).flatten()
             return F.batch_norm(x, zeros, ones, self.scale.flatten(), self.shift.flatten(), eps=0.0)
