@@ -19,9 +19,13 @@ from ..units.atac import ATAC, LocalSE
 from ..units.deferred import ChannelModule
 from ..units.memory_efficient import ATACMe
 from ..utils.autocast import autocast_dtype, cast, without_autocast
-from ..utils.forward_pass import example_inputs, observe_forward
+from ..utils.forward_pass import example_inputs, floating_point_tensors, observe_forward, observe_on_meta
 from ..utils.op_by_op import has_hooks, must_run_op_by_op
-from .fold_norms import Adjacency, fold
+from .adjacency import Adjacency, Findings, combine
+from .checks import check_can_be_copied, first_names
+from .comparison import Comparison, keep_random_state, with_other_shapes
+from .fold_norms import fold, make_scale_shift
+from .norms import FoldedNorm
 
 __all__ = ['FusedATAC', 'fuse']
 
@@ -60,10 +64,12 @@ class FusedATAC(ChannelModule):
     def _is_standard(self) -> bool:
         parts = (self.conv1, self.bn1, self.act, self.conv2, self.bn2, self.gate)
         return (
-            type(self.conv1) is type(self.conv2) is nn.Conv2d
+            not self.training  # its norms then raise an error
+            and type(self.conv1) is type(self.conv2) is nn.Conv2d
             and self.conv1.bias is not None
             and self.conv2.bias is not None
-            and type(self.bn1) is type(self.bn2) is nn.Identity
+            and type(self.bn1) in (nn.Identity, FoldedNorm)
+            and type(self.bn2) in (nn.Identity, FoldedNorm)
             and type(self.act) is nn.ReLU
             and type(self.gate) in (nn.Sigmoid, Sigmoid)
             and not any(has_hooks(part) for part in parts)
@@ -141,54 +147,122 @@ def fuse(model: nn.Module, *, example_input: Any = None, kernel: bool | None = N
 
     A forward pass shows which BatchNorm follows which layer; it runs on the `meta` device if the model can. Then:
 
-    * BatchNorms are folded into the convolutions and linear layers before them.
     * Blocks that timm can reparameterize are reparameterized.
+    * BatchNorms are folded into the convolutions and linear layers before them.
+    * Other BatchNorms become a product and a sum per channel: behind another operation, or behind a layer whose output
+      is used twice.
     * Each `ATAC` becomes a `FusedATAC`.
 
-    Other norms stay: behind another operation, behind a layer whose output is used twice, with hooks, or of other
-    types. The copy is only right for inputs that take the same way through the code of the model as `example_input`.
+    Norms of other types stay, and norms whose tensors other code uses. Norms with hooks on them or on their layer stay
+    too, and the logger warns of them.
+
+    The copy is only right for inputs that take the same way through the code of the model as `example_input`. So the
+    pass on `meta` is repeated with a quarter, the half and the double of the height and width, and a norm is changed
+    only if that is right in each of these passes. Sizes that the model does not take are left out.
+
+    In the end the outputs of the copy are compared with those of the model, in two forward passes on the device of the
+    model. They are not compared if weights are on `meta`, and the logger warns if the model does not run there, if its
+    outputs are random beyond PyTorch's generators, or if rounding alone changes them much.
 
     Args:
         model: Any model, on any device. It is not changed. Of a compiled model, or of a wrapper for parallel training
             or for averaged weights, the model inside is copied.
         example_input: The input of the model: a tensor, or a tuple of positional arguments. None is a batch of two
-            images of the size for which timm has created the model, or (2, 3, 224, 224).
+            images of the size for which timm has created the model, or (2, 3, 224, 224). The comparison takes random
+            numbers for None and for tensors that are constant.
         kernel: True runs each unit as one Triton kernel where that is possible: on a GPU, in float16, bfloat16 or
             float32, for dense inputs in channels-last or contiguous memory format. False never does. None does what
             `timm_atac.use_kernels` says. `print(model)` shows which form each unit has on the device of its weights.
 
     Returns:
         The copy, in `eval()`. Its outputs equal the model's up to rounding. It has no state dict: save the state dict
-        of `model`.
+        of `model`. In training mode, norms that were changed raise a RuntimeError when they run.
 
     Raises:
-        ValueError: The model does not run on `example_input`, or `kernel` is not True, False or None.
+        ValueError: The model does not run on `example_input`, or has tensors that cannot be copied (of pruning, or of
+            the old `weight_norm` or `spectral_norm`), or `kernel` is not True, False or None.
+        RuntimeError: The copy computes another function than the model.
         ImportError: `kernel=True`, and Triton is not installed, does not load, or PyTorch is older than 2.7.
     """
     check_choice('fuse: kernel', kernel)
-    fused = copy.deepcopy(_unwrap(model)).eval()
+    model = _unwrap(model)
+    check_can_be_copied(model)
+    fused = copy.deepcopy(model).eval()
+    inputs = example_inputs(fused, example_input)
+    comparison = Comparison(fused, inputs if example_input is not None else (inputs[0][:1],))
+    with keep_random_state(floating_point_tensors(fused)):
+        _fuse_in_place(fused, inputs, kernel)
+    comparison.check(fused, model)
+    return fused
+
+
+def _fuse_in_place(model: nn.Module, inputs: tuple, kernel: bool | None) -> None:
     module: Any
-    for module in list(fused.modules()):
+    for module in list(model.modules()):
         # timm's `reparameterize_model` also calls `fuse()`, which returns float32 layers of others, and ignores hooks
         by_timm = type(module).__module__.startswith('timm.') and hasattr(module, 'reparameterize')
         if by_timm and not any(has_hooks(part) for part in module.modules()):
             module.reparameterize()
-    observer, output, _ = observe_forward(fused, example_inputs(fused, example_input), Adjacency)
-    pairs = observer.pairs(output)
-    for layer, norm in pairs:
+    observed = _observe(model, inputs)
+    _warn_of_hooks(model, observed.of_hooked(True))
+    found = observed.of_hooked(False)
+    for norm, layer in found.layer_of.items():
         fold(layer, norm)
-    units = 0
-    for module in list(fused.modules()):
+    for norm, ndim in found.alone.items():
+        make_scale_shift(norm, ndim)
+    units = []
+    for module in list(model.modules()):
         if isinstance(module, ATAC) and _is_unmodified_unit(module):
             module.__dict__ = vars(FusedATAC(module, kernel).eval())
             module.__class__ = FusedATAC  # type: ignore[assignment]
-            units += 1
         elif isinstance(module, FusedATAC) and kernel is not None:
             module.kernel = kernel
+        if isinstance(module, FusedATAC):
+            units.append(module)
         module.register_state_dict_pre_hook(_refuse_to_save)
         module.register_load_state_dict_pre_hook(_refuse_to_load)
-    _logger.info('%s: %d norms folded, %d units fused', type(fused).__name__, len(pairs), units)
-    return fused
+    if kernel:
+        _warn_of_devices(model, units)
+    _logger.info(
+        '%s: %d norms folded, %d norms became scale and shift, %d units fused',
+        *(type(model).__name__, len(found.layer_of), len(found.alone), len(units)),
+    )
+
+
+def _observe(model: nn.Module, inputs: tuple) -> Findings:
+    """Return what can be done with each norm, for inputs of these shapes and of others that the model takes."""
+    observer, output, on_meta = observe_forward(model, inputs, Adjacency)
+    findings = [observer.findings(output)]
+    if on_meta:
+        for others in with_other_shapes(inputs):
+            observed = observe_on_meta(model, others, Adjacency)
+            if observed is not None:
+                findings.append(observed[0].findings(observed[1]))
+    return combine(findings)
+
+
+def _warn_of_hooks(model: nn.Module, hooked: Findings) -> None:
+    norms = hooked.layer_of.keys() | hooked.ndim_of.keys()
+    names = [name for name, module in model.named_modules() if module in norms]
+    if names:
+        _logger.warning(
+            '%s: %d norms are not folded, because they or the layers before them have hooks or a `forward` of their '
+            'own: %s. Remove the hooks before fuse (those of pruning: torch.nn.utils.prune.remove).',
+            *(type(model).__name__, len(names), first_names(names)),
+        )
+
+
+def _warn_of_devices(model: nn.Module, units: list[FusedATAC]) -> None:
+    """Warn that `kernel=True` has no effect."""
+    devices = {unit.conv1.weight.device for unit in units}  # type: ignore[union-attr]
+    if not units:
+        _logger.warning('%s: kernel=True has no effect, because the model has no ATAC units.', type(model).__name__)
+    elif not any(device.type == 'meta' or can_run(device) for device in devices):
+        _logger.warning(
+            '%s: kernel=True has no effect on %s: each unit runs as two products there. The kernel runs on NVIDIA GPUs '
+            'of compute capability 8.0 or newer, to which the fused model can be moved.',
+            *(type(model).__name__, ', '.join(sorted(map(str, devices)))),
+        )
 
 
 def _is_unmodified_unit(unit: ATAC) -> bool:

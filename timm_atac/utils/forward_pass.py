@@ -23,6 +23,7 @@ __all__ = [
     'example_inputs',
     'floating_point_tensors',
     'observe_forward',
+    'observe_on_meta',
 ]
 
 
@@ -120,17 +121,30 @@ def observe_forward(
         ForwardError: The model raises an exception on its own device.
         Exception: An exception of the observer.
     """
+    on_meta = observe_on_meta(model, inputs, create_observer)
+    if on_meta is not None:
+        return *on_meta, True
+    observer = create_observer({module: module for module in model.modules()})
+    return observer, _run(model, inputs, observer), False
+
+
+def observe_on_meta(
+    model: nn.Module, inputs: tuple, create_observer: Callable[[Mapping[nn.Module, nn.Module]], O]
+) -> tuple[O, Any] | None:
+    """Run a copy of the model on the `meta` device, as `observe_forward` does.
+
+    Returns:
+        The observer and the output, or None if the model does not run there.
+    """
     try:
         meta_model, original_of = _meta_copy(model)
         meta_inputs = tree_map_only(torch.Tensor, _to_meta, inputs)
     except Exception:  # of a model or an input that cannot be copied
-        pass
-    else:
-        observer = create_observer(original_of)
-        with suppress(ForwardError):  # meta tensors have no values to branch on, and some code makes tensors on the CPU
-            return observer, _run(meta_model, meta_inputs, observer), True
-    observer = create_observer({module: module for module in model.modules()})
-    return observer, _run(model, inputs, observer), False
+        return None
+    observer = create_observer(original_of)
+    with suppress(ForwardError):  # meta tensors have no values to branch on, and some code makes tensors on the CPU
+        return observer, _run(meta_model, meta_inputs, observer)
+    return None
 
 
 def example_inputs(model: nn.Module, example_input: Any = None) -> tuple:
