@@ -67,7 +67,7 @@ def largest_difference(run: Run, exact: torch.Tensor) -> float:
 
 
 def _eager(model: nn.Module, setting: Setting, dtype: torch.dtype = torch.float32) -> Run:
-    model = copy.deepcopy(model).to(dtype=dtype, memory_format=torch.channels_last)
+    model = copy.deepcopy(model).to(dtype).to(memory_format=torch.channels_last)
     return _on_images(model, setting.images.to(dtype=dtype, memory_format=torch.channels_last))
 
 
@@ -78,8 +78,8 @@ def _fused(model: nn.Module, setting: Setting, dtype: torch.dtype = torch.float3
 def _compiled(
     model: nn.Module, setting: Setting, dtype: torch.dtype = torch.float32, options: dict[str, Any] | None = None
 ) -> Run:
-    fused = fuse(model, example_input=setting.images).to(dtype=dtype, memory_format=torch.channels_last)
-    images = setting.images.to(dtype=dtype, memory_format=torch.channels_last)
+    fused = fuse(model, example_input=setting.images).to(dtype).to(memory_format=torch.channels_last)
+    images = setting.images.to(dtype).to(memory_format=torch.channels_last)
     return _on_images(torch.compile(fused, options=options), images)
 
 

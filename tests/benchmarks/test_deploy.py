@@ -2,6 +2,7 @@
 
 import re
 import sys
+from typing import Any
 
 import deploy
 import pytest
@@ -65,7 +66,7 @@ def test_failure_is_listed_and_others_are_measured(run, monkeypatch, capsys) -> 
 def test_difference_sees_each_branch(tmp_path) -> None:
     """In a new network of timm, the residual branches are multiplied by zero: no form's error would show there."""
     images = torch.randn(4, 3, 64, 64)
-    model = with_trained_norms(timm.create_model('atac_resnet18', num_classes=10), images)
+    model: Any = with_trained_norms(timm.create_model('atac_resnet18', num_classes=10), images)
     setting = Setting(images, tmp_path, 1)
     with torch.no_grad():
         exact = model(images).double()

@@ -9,7 +9,7 @@ from measuring.serving import with_trained_norms
 
 from timm_atac import replace_activations
 
-SHALLOW = {'layers': (1, 1, 1, 1), 'num_classes': 10}
+SHALLOW: dict[str, Any] = {'layers': (1, 1, 1, 1), 'num_classes': 10}
 NETWORKS: dict[str, tuple[Callable[[], Any], int]] = {  # what creates it, and the size of its images
     'atac_resnet18': (lambda: timm.create_model('atac_resnet18', **SHALLOW), 64),
     'atac_resnet50': (lambda: timm.create_model('atac_resnet50', **SHALLOW), 64),
