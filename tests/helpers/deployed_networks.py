@@ -29,8 +29,8 @@ NETWORKS: dict[str, tuple[Callable[[], Any], int]] = {  # what creates it, and t
 def network(name: str) -> tuple[Any, torch.Tensor]:
     """Return the network in eval mode with norms as after training, and four images."""
     create, size = NETWORKS[name]
-    images = torch.randn(4, 3, size, size)
-    return with_trained_norms(create(), images), images
+    # the statistics of few images make units with global pooling amplify rounding errors
+    return with_trained_norms(create(), torch.randn(16, 3, size, size)), torch.randn(4, 3, size, size)
 
 
 def difference(y: Any, expected: torch.Tensor) -> float:
