@@ -9,6 +9,7 @@ is not patched. The hook is installed only while a unit waits. After that, the n
 import threading
 import weakref
 from numbers import Integral
+from typing import Any, ClassVar
 
 import torch
 import torch.nn as nn
@@ -32,6 +33,10 @@ class ChannelModule(nn.Module):
     A subclass creates its layers in `build` and computes its output from (B, C, H, W) in `activate`. Its constructor
     calls `initialize_parameters` at the end.
 
+    The width is that of the unit's first layer, so it follows when a network is pruned. A gate multiplies the input:
+    pruning must remove the same channels of the input and of the last layers. The width of the bottleneck is free, and
+    `rd_ratio` only says what it was at first.
+
     Args:
         input_fmt: Layout of the input: 'NCHW' is (B, C, H, W), 'NCL' (B, C, ...), 'NHWC' and 'NLC' are (B, ..., C).
 
@@ -39,15 +44,39 @@ class ChannelModule(nn.Module):
         ValueError: `input_fmt` is not one of the four.
     """
 
-    channels: int | None
+    first_layer = 'conv1'
+    """Name of the convolution whose input has the channels of the unit's input."""
+
+    __jit_unused_properties__: ClassVar = ['channels']  # TorchScript compiles other properties
 
     def __init__(self, input_fmt: str = 'NCHW') -> None:
         super().__init__()
         if input_fmt not in FORMATS:
             raise ValueError(f'input_fmt={input_fmt!r}: expected one of {FORMATS}.')
-        self.channels = None
+        self.created_channels: int | None = None
         self.input_fmt = str(getattr(input_fmt, 'value', input_fmt))  # timm's Format is a str
-        self.place = ''  # for error messages: where a unit without a width was put
+        # for error messages: where a unit without a width was put, and the layer that its width comes from
+        self.place = ''
+        self.inferred_from = ''
+
+    @property
+    def channels(self) -> int | None:
+        """Width C of the input, None while it is unknown."""
+        layer: Any = self._modules.get(self.first_layer)
+        if layer is not None:
+            weight = layer._parameters.get('weight')  # absent if it is parametrized
+            if isinstance(weight, torch.Tensor) and weight.ndim == 4:
+                return weight.shape[1] * layer.groups
+            width = getattr(layer, 'in_channels', None)
+            if width is not None:
+                return width
+        return self.created_channels  # another layer has taken the place of the first
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        state = dict(state)
+        if 'channels' in state:  # pickled when the width was an attribute
+            state.setdefault('created_channels', state.pop('channels'))
+        super().__setstate__({'inferred_from': '', **state})
 
     def initialize_parameters(self, channels: int | None, device=None, dtype=None) -> None:
         """Create the layers if `channels` is given. Otherwise wait until the unit is put into a module.
@@ -64,7 +93,7 @@ class ChannelModule(nn.Module):
         if not isinstance(channels, Integral) or channels < 1:
             raise ValueError(f'channels={channels!r}: expected an integer >= 1, the width C of the (B, C, H, W) input.')
         self.build(channels, device=device, dtype=dtype)
-        self.channels = channels
+        self.created_channels = int(channels)
 
     def build(self, channels: int, device=None, dtype=None) -> None:
         """Create the layers."""
