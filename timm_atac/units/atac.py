@@ -175,6 +175,9 @@ class SEActivation(ATAC):
     def activate(self, x: torch.Tensor) -> torch.Tensor:
         return x * self.gate(self.bottleneck(x.mean((2, 3), keepdim=True)))
 
+    def has_one_value_per_channel(self, x: torch.Tensor) -> bool:
+        return x.shape[0] == 1
+
 
 class NiN(ChannelBottleneck):
     """Network-in-network unit: the bottleneck's output itself, no gate, (B, C, H, W) -> (B, C, H, W).
