@@ -13,6 +13,7 @@ from timm.models.res2net import Bottle2neck
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from timm_atac import ATAC, ATACMe, LocalSE, NiN, SEActivation, XUnit, fuse
+from timm_atac.units.atac import init_weight_
 
 
 def hooks() -> int:
@@ -184,3 +185,32 @@ def test_pickle_of_a_unit_created_from_lambdas(unit) -> None:
     for each in both_ways(unit, {**layers, 'gate_layer': lambda: nn.Sigmoid()}):
         x = torch.randn(2, 7, 3, 3)
         assert torch.equal(pickle.loads(pickle.dumps(each.eval()))(x), each(x))
+
+
+@pytest.mark.parametrize('unit', [ATAC, ATACMe, SEActivation, NiN])
+def test_weights_in_a_model_are_initialised_once(unit, monkeypatch) -> None:
+    """PyTorch's own initialisation of a unit's convolutions is half of the time to build the unit."""
+    torch.manual_seed(0)
+    initialised: list[nn.Module] = []
+    monkeypatch.setattr(nn.Conv2d, 'reset_parameters', lambda conv: initialised.append(conv))
+    first = nn.Conv2d(3, 512, 1)
+    initialised.clear()
+    built: Any = nn.Sequential(first, unit())[1]
+    assert not initialised
+    for conv in (built.conv1, built.conv2):  # xavier_normal_ for PReLU of slope 0.25
+        assert type(conv) is nn.Conv2d
+        assert conv.weight.std().item() == pytest.approx((2 / (1 + 0.25**2) * 2 / (512 + 256)) ** 0.5, rel=0.01)
+        assert abs(conv.weight.mean().item()) < 1e-3
+
+
+def test_a_seed_gives_the_weights_of_former_versions() -> None:
+    """Units with their width, as in the networks of this package, draw the same numbers as ever."""
+    torch.manual_seed(0)
+    unit = ATAC(14)
+    following = torch.randn(3)
+    torch.manual_seed(0)
+    convs = nn.Conv2d(14, 7, 1, bias=False), nn.Conv2d(7, 14, 1, bias=False)
+    for conv, created in zip(convs, (unit.conv1, unit.conv2), strict=True):
+        init_weight_(conv.weight)
+        assert torch.equal(conv.weight, created.weight)
+    assert torch.equal(torch.randn(3), following)
