@@ -133,10 +133,11 @@ def test_wrong_width_is_found() -> None:
     assert host_coverage.input_layouts(model, x) == {'NCHW'}
     unit: Any = host_coverage.units(model)[0]
     unit.forward = lambda x: x  # without its own check
-    unit.channels = 1
+    conv1 = unit.conv1
+    unit.conv1 = nn.Conv2d(1, 1, 1)
     with pytest.raises(host_coverage.Failure, match=r'a unit for 1 channels in NCHW gets \d+ in NCHW'):
         host_coverage.input_layouts(model, x)
-    unit.channels, unit.input_fmt = unit.conv1.in_channels, 'NLC'
+    unit.conv1, unit.input_fmt = conv1, 'NLC'
     with pytest.raises(host_coverage.Failure, match=r'a unit for .* channels in NLC gets .* in NCHW'):
         host_coverage.input_layouts(model, x)
 

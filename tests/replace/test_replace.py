@@ -10,7 +10,7 @@ import torch
 import torch.nn as nn
 import torchvision
 
-from timm_atac import ATAC, ATACMe, NiN, replace_activations
+from timm_atac import ATAC, ATACMe, NiN, fuse, replace_activations
 from timm_atac.replace.edits import UnitPerWidth
 
 
@@ -270,3 +270,57 @@ def test_messages_of_wrong_arguments() -> None:
     with pytest.raises(ValueError, match=r'[^. ]\. Give an example_input') as caught:
         replace_activations(model, example_input=3)
     assert '\n' not in str(caught.value)
+
+
+@pytest.mark.slow
+def test_compiled_model() -> None:
+    """The model inside is changed, also if it has run before. What is returned is compiled as before."""
+    torch._dynamo.reset()
+    model: Any = timm.create_model('test_resnet').eval()
+    compiled: Any = torch.compile(model, backend='eager')
+    x = torch.randn(2, 3, 64, 64)
+    before = compiled(x)
+    assert replace_activations(compiled, where='layer4.*') is compiled
+    compiled.eval()
+    units = [name for name, module in model.named_modules() if isinstance(module, ATAC)]
+    assert units == [replaced.name for replaced in model.replaced_activations.replaced]
+    assert all(name.startswith('layer4.') for name in units)
+    assert model.pretrained_cfg['architecture'] == 'atac_host'
+    assert not torch.allclose(compiled(x), before)
+    torch.testing.assert_close(compiled(x), model(x))
+
+
+def _imitation(model: Any) -> None:
+    """What accelerate does: a module with weights has none of their values, and a hook that loads them."""
+    for module in (model.conv1, model.layer4[0].conv2):
+        module._hf_hook = object()
+        module.to('meta')
+
+
+def _offload_to_cpu(model: nn.Module) -> None:
+    pytest.importorskip('accelerate').cpu_offload(model, execution_device='cpu')
+
+
+def _offload_a_part_to_disk(tmp_path, model: nn.Module) -> None:
+    devices = {name: 'disk' if name == 'layer4' else 'cpu' for name, _ in model.named_children()}
+    pytest.importorskip('accelerate').dispatch_model(model, devices, 'cpu', offload_dir=tmp_path)
+
+
+@pytest.mark.parametrize('offload', [_imitation, _offload_to_cpu, _offload_a_part_to_disk])
+def test_offloaded_weights(offload, tmp_path) -> None:
+    """No example_input would help, and units on the device of the weights would have no values."""
+    model: Any = timm.create_model('test_resnet')
+    if offload is _offload_a_part_to_disk:
+        offload(tmp_path, model)
+    else:
+        offload(model)
+    for function in (replace_activations, fuse):
+        with pytest.raises(ValueError, match=r"'.*weight' is only loaded while .*remove_hook_from_module") as error:
+            function(model)
+        assert 'example_input' not in str(error.value)
+    assert not any(isinstance(module, ATAC) for module in model.modules())
+    if offload is not _imitation:
+        pytest.importorskip('accelerate').hooks.remove_hook_from_module(model, recurse=True)
+        replace_activations(model, where='layer4.*')
+        assert model.layer4[0].act1.conv1.weight.device.type == 'cpu'
+        assert model(torch.randn(2, 3, 64, 64)).isfinite().all()

@@ -1,6 +1,7 @@
 """ATACMe against ATAC with BatchNorms of every type and in every mode."""
 
 import copy
+from functools import partial
 from typing import Any
 
 import pytest
@@ -8,8 +9,10 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 from atac_me import SHAPE, assert_same, everything, is_recomputed, pair, with_name
+from timm.layers import LayerNorm2d
 from timm.utils import freeze
 
+from timm_atac import ATAC, ATACMe, NiN, SEActivation, XUnit
 from timm_atac.units.batch_norm import BatchNorm
 
 
@@ -94,10 +97,50 @@ def test_nothing_to_take_statistics_of(frozen, shape) -> None:
         assert a is b if isinstance(a, type) else torch.equal(a, b)
 
 
-def test_one_value_a_channel_is_an_error() -> None:
-    _, me = pair()
-    with pytest.raises(ValueError, match='Expected more than 1 value per channel'):
-        me(torch.randn(1, 14, 1, 1, requires_grad=True))
+ONE_VALUE: list[tuple[Any, tuple[int, ...], str]] = [
+    (ATAC(14), (1, 14, 1, 1), r'ATAC \(14 channels\)'),
+    (ATACMe(14), (1, 14, 1, 1), r'ATACMe \(14 channels\)'),
+    (NiN(14), (1, 14, 1, 1), r'NiN \(14 channels\)'),
+    (SEActivation(14), (1, 14, 5, 3), r'SEActivation \(14 channels\)'),
+    (SEActivation(14, input_fmt='NLC'), (1, 5, 14), r'SEActivation \(14 channels\)'),
+    (XUnit(14), (1, 14, 1, 1), r'XUnit \(14 channels\)'),
+    (nn.Sequential(nn.Linear(3, 14), ATAC()), (1, 3), r"ATAC at '1' of .*Sequential \(14 channels\)"),
+    (ATAC(14, norm_layer=partial(nn.BatchNorm2d, track_running_stats=False)), (1, 14, 1, 1), r'ATAC \(14 channels\)'),
+]
+
+
+@pytest.mark.parametrize('unit, shape, name', ONE_VALUE)
+def test_one_value_per_channel_is_an_error(unit, shape, name) -> None:
+    message = rf'{name} got an input of shape .* in training: Expected more than 1 value per channel.*drop_last=True'
+    with pytest.raises(ValueError, match=message):
+        unit.train()(torch.randn(shape, requires_grad=True))
+    unit(torch.randn(2, *shape[1:])).sum().backward()
+
+
+@pytest.mark.parametrize('way', [torch.no_grad, torch.enable_grad])
+def test_one_value_per_channel_without_statistics_of_the_batch(way) -> None:
+    """Norms in eval(), other norms and evaluation need no second value. Empty batches are no error of ours."""
+    frozen = ATACMe(14)
+    freeze(frozen, ['bn1', 'bn2'])
+    with way():
+        for unit in (frozen, ATAC(14, norm_layer=nn.Identity), ATAC(14, norm_layer=LayerNorm2d), ATACMe(14).eval()):
+            assert unit(torch.randn(1, 14, 1, 1)).shape == (1, 14, 1, 1)
+        assert SEActivation(14).eval()(torch.randn(1, 14, 5, 3)).shape == (1, 14, 5, 3)
+        assert XUnit(14)(torch.randn(1, 14, 1, 2)).shape == (1, 14, 1, 2)
+
+
+@pytest.mark.slow
+def test_one_value_per_channel_compiled() -> None:
+    """The check breaks no graph, and does not bind an exported program to the sizes of its example."""
+    torch._dynamo.reset()
+    compiled = torch.compile(ATACMe(14), backend='eager', fullgraph=True, dynamic=True)
+    assert compiled(torch.randn(2, 14, 3, 3)).shape == (2, 14, 3, 3)
+    assert compiled(torch.randn(3, 14, 5, 2)).shape == (3, 14, 5, 2)
+    sizes = {0: torch.export.Dim('batch'), 2: torch.export.Dim('height')}
+    program: Any = torch.export.export(SEActivation(14), (torch.randn(2, 14, 3, 3),), dynamic_shapes=(sizes,))
+    assert program.module()(torch.randn(5, 14, 4, 3)).shape == (5, 14, 4, 3)
+    with pytest.raises(Exception, match='more than 1 value per channel'):
+        torch.compile(ATACMe(14), backend='eager')(torch.randn(1, 14, 1, 1))
 
 
 def _sync(rank: int, folder: str, sizes: tuple[int, ...]) -> None:

@@ -1,6 +1,7 @@
 """Units that get their width from the layers next to them."""
 
 import pickle
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -8,9 +9,11 @@ import pytest
 import timm
 import torch
 import torch.nn as nn
+from timm.models.res2net import Bottle2neck
 from torch.nn.modules.module import register_module_module_registration_hook
 
-from timm_atac import ATAC, ATACMe, LocalSE, NiN, SEActivation, XUnit
+from timm_atac import ATAC, ATACMe, LocalSE, NiN, SEActivation, XUnit, fuse
+from timm_atac.units.atac import init_weight_
 
 
 def hooks() -> int:
@@ -82,11 +85,61 @@ def test_layouts_are_views_of_one_unit(unit, input_fmt, shape) -> None:
     torch.testing.assert_close(last(x).reshape(3, 1, -1, 14).permute(0, 3, 1, 2), first(nchw))
 
 
-@pytest.mark.slow
-def test_another_width_is_an_error() -> None:
-    model = timm.create_model('res2net50_14w_8s', act_layer='atac')
-    with pytest.raises(ValueError, match=r"'relu' of .*Bottle2neck.*is for 256 channels.*replace_activations"):
-        model(torch.randn(2, 3, 64, 64))
+def _shuffled() -> Any:
+    return nn.Sequential(nn.Conv2d(3, 16, 1), nn.PixelShuffle(2), ATAC())
+
+
+WRONG: list[tuple[Callable[[], nn.Module], tuple[int, ...], str]] = [
+    (
+        _shuffled,
+        (2, 3, 4, 4),
+        r"ATAC at '2' of .*Sequential inferred 16 from '0', got 4: give channels=4\. .*\(2, 4, 8,",
+    ),
+    (
+        lambda: fuse(_shuffled()[2:], example_input=torch.randn(2, 16, 3, 3)),
+        (2, 4, 3, 3),
+        r"inferred 16 from '0', got 4",
+    ),
+    (lambda: ATACMe(16), (2, 4, 8, 8), r'ATACMe is for 16 channels in NCHW .*\(2, 4, 8, 8\): give channels=4\. '),
+    (lambda: SEActivation(16), (2, 8, 7, 16), r"is for 16 channels in NCHW .* give input_fmt='NHWC'\."),
+    (lambda: NiN(16, input_fmt='NLC'), (2, 16, 7), r"is for 16 channels in NLC .* give input_fmt='NCL'\."),
+    (lambda: ATAC(16, input_fmt='NHWC'), (2, 16, 7, 5), r"is for 16 channels in NHWC .* give input_fmt='NCHW'\."),
+    (lambda: ATAC(16), (2, 7, 16), r"is for 16 channels in NCHW .* give input_fmt='NLC'\."),
+    (lambda: ATAC(16), (2, 7, 8), r'is for 16 channels in NCHW .* give `channels`, and input_fmt='),
+    (lambda: ATAC(16), (16,), r'is for 16 channels in NCHW and got an input of shape \(16,\)'),
+    (
+        lambda: nn.Sequential(nn.Conv2d(3, 16, 1), nn.Flatten(), ATAC()),
+        (2, 3, 2, 3),
+        r"inferred 16 from '0', got \(2, 96\): give `channels`, and input_fmt='NCL' for \(B, C, ...\)",
+    ),
+]
+
+
+@pytest.mark.parametrize('create, shape, message', WRONG)
+def test_message_for_a_wrong_input(create, shape, message) -> None:
+    with pytest.raises(ValueError, match=message) as error:
+        create()(torch.randn(shape))
+    assert 'timm_atac.replace_activations(model)' in str(error.value)
+
+
+@pytest.mark.parametrize('name, widths', [('res2net50_26w_4s', (104, 26, 256)), ('res2next50', (128, 32, 256))])
+@pytest.mark.parametrize('act_layer, unit', [('atac', 'ATACMe'), (partial(XUnit, kernel_size=5), 'XUnit')])
+def test_activation_of_several_widths(name, widths, act_layer, unit) -> None:
+    """In Res2Net, layers of several widths share one activation. The model is not built."""
+    first, inner, last = widths
+    message = (
+        f"{unit} at 'relu' of timm.models.res2net.Bottle2neck would get {first} from 'bn1', {inner} from 'bns', {last}"
+    )
+    with pytest.raises(ValueError, match=message) as error:
+        timm.create_model(name, act_layer=act_layer, device='meta')
+    assert 'timm_atac.replace_activations(model)' in str(error.value)
+    nn.Sequential(nn.Identity())
+    assert hooks() == 0
+
+
+def test_activation_of_one_width_at_several_places() -> None:
+    block = Bottle2neck(8, 16, base_width=256, scale=1, act_layer=ATAC, norm_layer=nn.BatchNorm2d)
+    assert block.relu.channels == 64
 
 
 def both_ways(unit: Any, options: dict[str, Any], **dd: Any) -> tuple[Any, Any]:
@@ -132,3 +185,32 @@ def test_pickle_of_a_unit_created_from_lambdas(unit) -> None:
     for each in both_ways(unit, {**layers, 'gate_layer': lambda: nn.Sigmoid()}):
         x = torch.randn(2, 7, 3, 3)
         assert torch.equal(pickle.loads(pickle.dumps(each.eval()))(x), each(x))
+
+
+@pytest.mark.parametrize('unit', [ATAC, ATACMe, SEActivation, NiN])
+def test_weights_in_a_model_are_initialised_once(unit, monkeypatch) -> None:
+    """PyTorch's own initialisation of a unit's convolutions is half of the time to build the unit."""
+    torch.manual_seed(0)
+    initialised: list[nn.Module] = []
+    monkeypatch.setattr(nn.Conv2d, 'reset_parameters', lambda conv: initialised.append(conv))
+    first = nn.Conv2d(3, 512, 1)
+    initialised.clear()
+    built: Any = nn.Sequential(first, unit())[1]
+    assert not initialised
+    for conv in (built.conv1, built.conv2):  # xavier_normal_ for PReLU of slope 0.25
+        assert type(conv) is nn.Conv2d
+        assert conv.weight.std().item() == pytest.approx((2 / (1 + 0.25**2) * 2 / (512 + 256)) ** 0.5, rel=0.01)
+        assert abs(conv.weight.mean().item()) < 1e-3
+
+
+def test_a_seed_gives_the_weights_of_former_versions() -> None:
+    """Units with their width, as in the networks of this package, draw the same numbers as ever."""
+    torch.manual_seed(0)
+    unit = ATAC(14)
+    following = torch.randn(3)
+    torch.manual_seed(0)
+    convs = nn.Conv2d(14, 7, 1, bias=False), nn.Conv2d(7, 14, 1, bias=False)
+    for conv, created in zip(convs, (unit.conv1, unit.conv2), strict=True):
+        init_weight_(conv.weight)
+        assert torch.equal(conv.weight, created.weight)
+    assert torch.equal(torch.randn(3), following)

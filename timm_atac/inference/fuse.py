@@ -48,7 +48,7 @@ class FusedATAC(ChannelModule):
     def __init__(self, unit: ATAC, kernel: bool | None = None) -> None:
         super().__init__(unit.input_fmt)
         self.kernel = kernel
-        self.channels, self.place = unit.channels, unit.place
+        self.created_channels, self.place, self.inferred_from = unit.created_channels, unit.place, unit.inferred_from
         self.conv1, self.bn1, self.act = unit.conv1, unit.bn1, unit.act
         self.conv2, self.bn2, self.gate = unit.conv2, unit.bn2, unit.gate
 

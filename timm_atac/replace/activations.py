@@ -84,7 +84,8 @@ def replace_activations(
     * `where=None` includes the activations inside of attention modules.
 
     Args:
-        model: Any model. All of it is changed in place, or, after an error, nothing.
+        model: Any model. All of it is changed in place, or, after an error, nothing. Of a model of `torch.compile`, the
+            model inside is changed. The next forward pass compiles it again.
         act: 'atac', 'se_act', 'nin', 'xunit', a class or `partial` whose constructor takes `channels` and `input_fmt`.
         where: Selects activations, None all of them: a pattern of names (`'layer4.*'`), a type (`nn.GELU`), a stage
             number from 1 as in `atac_stages`, or from the last (`(-2, -1)`; by the model's `feature_info`), a function
@@ -100,9 +101,12 @@ def replace_activations(
         `example_input`. An `act` without a name cannot be saved.
 
     Raises:
-        ValueError: `where` selects no activation that can be replaced, the model does not run on `example_input`, or
-            `act` is no unit.
+        ValueError: `where` selects no activation that can be replaced, the model does not run on `example_input`, its
+            weights are offloaded, or `act` is no unit.
     """
+    if isinstance(inside := getattr(model, '_orig_mod', None), nn.Module):  # of torch.compile
+        replace_activations(inside, act, where=where, example_input=example_input, rd_ratio=rd_ratio)
+        return model
     selection = Selection(where)
     _check_act(act)
     inputs = example_inputs(model, example_input)

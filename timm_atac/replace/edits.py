@@ -37,12 +37,14 @@ class Replaced:
 class UnitPerWidth(nn.Module):
     """Replaces one activation that is called with several widths: each input goes to the unit for its width.
 
+    The widths are those of the units now, which may have been pruned. Their names stay.
+
     Args:
         units: The units by the number of their channels.
         channel_dim: The dimension of the channels in every input, 1 or -1.
 
     Raises:
-        ValueError: No unit has the width of the input.
+        ValueError: No unit has the width of the input, or several have it.
     """
 
     def __init__(self, units: Mapping[int, nn.Module], channel_dim: int) -> None:
@@ -51,13 +53,17 @@ class UnitPerWidth(nn.Module):
         self.channel_dim = channel_dim
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        width = str(int(x.shape[self.channel_dim]))
-        if width not in self.units:
+        width = int(x.shape[self.channel_dim])
+        widths = {
+            name: unit.channels if isinstance(unit, ChannelModule) else int(name) for name, unit in self.units.items()
+        }
+        names = [name for name, channels in widths.items() if channels == width]
+        if len(names) != 1:
             raise ValueError(
-                f'Got an input of shape {tuple(x.shape)}: expected {", ".join(self.units)} channels in dimension '
-                f'{self.channel_dim}, the widths that the model had when its activations were replaced.'
+                f'Got an input of shape {tuple(x.shape)}: expected the channels of one unit in dimension '
+                f'{self.channel_dim}. The units have {", ".join(map(str, widths.values()))} channels.'
             )
-        return self.units[width](x)
+        return self.units[names[0]](x)
 
 
 class Edits:

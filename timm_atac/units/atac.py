@@ -51,6 +51,13 @@ def get_rd_channels(channels: int, rd_ratio: float) -> int:
     return max(1, math.floor(channels * rd_ratio + 1e-6))  # the float 1 / r may be slightly too small
 
 
+class _EmptyConv2d(nn.Conv2d):
+    """A convolution whose parameters have no values yet."""
+
+    def reset_parameters(self) -> None:
+        pass
+
+
 class ChannelBottleneck(ChannelModule):
     """Base of the units: `BN2(conv2(act(BN1(conv1(x)))))`, 1x1 convolutions C -> max(1, C * rd_ratio) -> C.
 
@@ -91,15 +98,27 @@ class ChannelBottleneck(ChannelModule):
     def build(self, channels: int, device=None, dtype=None) -> None:
         dd = {'device': device, 'dtype': dtype}
         rd_channels = get_rd_channels(channels, self.rd_ratio)
-        self.conv1 = nn.Conv2d(channels, rd_channels, kernel_size=1, bias=False, **dd)
+        self.conv1 = self._create_conv(channels, rd_channels, **dd)
         self.bn1 = self._norm_layer(rd_channels, **dd)
         self.act = create_act_layer(self._act_layer) or nn.Identity()  # not in place: full backward hooks forbid it
         self.act.to(**dd)  # PReLU has a parameter
-        self.conv2 = nn.Conv2d(rd_channels, channels, kernel_size=1, bias=False, **dd)
+        self.conv2 = self._create_conv(rd_channels, channels, **dd)
         self.bn2 = self._norm_layer(channels, **dd)
         init_weight_(self.conv1.weight)
         init_weight_(self.conv2.weight)
         del self._act_layer, self._norm_layer  # pickle refuses a lambda
+
+    def _create_conv(self, in_channels: int, out_channels: int, device=None, dtype=None) -> nn.Conv2d:
+        """Create a 1x1 convolution whose weight is to be initialised.
+
+        PyTorch's own initialisation takes as long as `init_weight_`, which overwrites it. A unit inside a model of timm
+        goes without it. A unit that is created with its width does not, so that a seed gives the same networks of this
+        package as in former versions.
+        """
+        cls = _EmptyConv2d if self.inferred_from else nn.Conv2d
+        conv = cls(in_channels, out_channels, kernel_size=1, bias=False, device=device, dtype=dtype)
+        conv.__class__ = nn.Conv2d
+        return conv
 
     def bottleneck(self, x: torch.Tensor) -> torch.Tensor:
         x = self.conv1(x)
@@ -174,6 +193,9 @@ class SEActivation(ATAC):
 
     def activate(self, x: torch.Tensor) -> torch.Tensor:
         return x * self.gate(self.bottleneck(x.mean((2, 3), keepdim=True)))
+
+    def has_one_value_per_channel(self, x: torch.Tensor) -> bool:
+        return x.shape[0] == 1
 
 
 class NiN(ChannelBottleneck):

@@ -9,14 +9,17 @@ is not patched. The hook is installed only while a unit waits. After that, the n
 import threading
 import weakref
 from numbers import Integral
+from typing import Any, ClassVar
 
 import torch
 import torch.nn as nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.module import register_module_module_registration_hook
 from torch.nn.parameter import UninitializedParameter
 from torch.utils.hooks import RemovableHandle
 
-from .infer_width import Width, width_at
+from .batch_norm import BatchNorm
+from .infer_width import Width, several_widths, width_at
 
 __all__ = ['ChannelModule', 'UnknownWidth']
 
@@ -32,6 +35,10 @@ class ChannelModule(nn.Module):
     A subclass creates its layers in `build` and computes its output from (B, C, H, W) in `activate`. Its constructor
     calls `initialize_parameters` at the end.
 
+    The width is that of the unit's first layer, so it follows when a network is pruned. A gate multiplies the input:
+    pruning must remove the same channels of the input and of the last layers. The width of the bottleneck is free, and
+    `rd_ratio` only says what it was at first.
+
     Args:
         input_fmt: Layout of the input: 'NCHW' is (B, C, H, W), 'NCL' (B, C, ...), 'NHWC' and 'NLC' are (B, ..., C).
 
@@ -39,15 +46,39 @@ class ChannelModule(nn.Module):
         ValueError: `input_fmt` is not one of the four.
     """
 
-    channels: int | None
+    first_layer = 'conv1'
+    """Name of the convolution whose input has the channels of the unit's input."""
+
+    __jit_unused_properties__: ClassVar = ['channels']  # TorchScript compiles other properties
 
     def __init__(self, input_fmt: str = 'NCHW') -> None:
         super().__init__()
         if input_fmt not in FORMATS:
             raise ValueError(f'input_fmt={input_fmt!r}: expected one of {FORMATS}.')
-        self.channels = None
+        self.created_channels: int | None = None
         self.input_fmt = str(getattr(input_fmt, 'value', input_fmt))  # timm's Format is a str
-        self.place = ''  # for error messages: where a unit without a width was put
+        # for error messages: where a unit without a width was put, and the layer that its width comes from
+        self.place = ''
+        self.inferred_from = ''
+
+    @property
+    def channels(self) -> int | None:
+        """Width C of the input, None while it is unknown."""
+        layer: Any = self._modules.get(self.first_layer)
+        if layer is not None:
+            weight = layer._parameters.get('weight')  # absent if it is parametrized
+            if isinstance(weight, torch.Tensor) and weight.ndim == 4:
+                return weight.shape[1] * layer.groups
+            width = getattr(layer, 'in_channels', None)
+            if width is not None:
+                return width
+        return self.created_channels  # another layer has taken the place of the first
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        state = dict(state)
+        if 'channels' in state:  # pickled when the width was an attribute
+            state.setdefault('created_channels', state.pop('channels'))
+        super().__setstate__({'inferred_from': '', **state})
 
     def initialize_parameters(self, channels: int | None, device=None, dtype=None) -> None:
         """Create the layers if `channels` is given. Otherwise wait until the unit is put into a module.
@@ -64,7 +95,7 @@ class ChannelModule(nn.Module):
         if not isinstance(channels, Integral) or channels < 1:
             raise ValueError(f'channels={channels!r}: expected an integer >= 1, the width C of the (B, C, H, W) input.')
         self.build(channels, device=device, dtype=dtype)
-        self.channels = channels
+        self.created_channels = int(channels)
 
     def build(self, channels: int, device=None, dtype=None) -> None:
         """Create the layers."""
@@ -85,20 +116,69 @@ class ChannelModule(nn.Module):
         return self.activate(nchw).squeeze(-1).transpose(1, 2).reshape(x.shape)
 
     def check_input(self, x: torch.Tensor) -> None:
-        """Raise ValueError for a unit without a width, or an input of another width. Tracing skips the check."""
+        """Check that the unit takes an input. Tracing skips the check.
+
+        Raises:
+            ValueError: The unit has no width, the input has another width or layout, or BatchNorms in training would
+                get one value per channel.
+        """
         if torch.jit.is_tracing() or isinstance(x, torch.fx.Proxy):
             return
-        if self.channels is None:
+        channels = self.channels
+        if channels is None:
             raise ValueError(_unknown_width_message(self))
         dim = 1 if self.input_fmt in ('NCHW', 'NCL') else -1
-        if x.shape[dim] != self.channels or (self.input_fmt == 'NCHW' and x.ndim != 4):
-            raise ValueError(
-                f'{type(self).__name__}{self.place} is for {self.channels} channels in {self.input_fmt} and got an '
-                f'input of shape {tuple(x.shape)}. One unit cannot serve several widths. {_REMEDY}'
-            )
+        if x.ndim < 2 or x.shape[dim] != channels or (self.input_fmt == 'NCHW' and x.ndim != 4):
+            raise ValueError(_wrong_input_message(self, x, dim))
+        if self.training and self.has_one_value_per_channel(x):
+            _check_batch_norms(self, x)
+
+    def has_one_value_per_channel(self, x: torch.Tensor) -> bool:
+        """True if the norms of the unit get one value of each channel, in an input of the right width."""
+        return x.numel() == self.channels
 
     def extra_repr(self) -> str:
         return f'{"unknown width" if self.channels is None else self.channels}, input_fmt={self.input_fmt}'
+
+
+def _wrong_input_message(unit: ChannelModule, x: torch.Tensor, dim: int) -> str:
+    name, shape, channels, input_fmt = (
+        f'{type(unit).__name__}{unit.place}',
+        tuple(x.shape),
+        unit.channels,
+        unit.input_fmt,
+    )
+    is_wrong_format = x.ndim < 2 or (input_fmt == 'NCHW' and x.ndim != 4)
+    formats = {'NCHW': 1, 'NHWC': -1} if x.ndim == 4 else {'NCL': 1, 'NLC': -1}
+    fitting = [fmt for fmt, d in formats.items() if x.ndim > 1 and shape[d] == channels and fmt != input_fmt]
+    if fitting:
+        advice = f'give input_fmt={fitting[0]!r}'
+    elif is_wrong_format:
+        advice = "give `channels`, and input_fmt='NCL' for (B, C, ...) or 'NLC' for (B, ..., C)"
+    else:
+        advice = f'give channels={shape[dim]}'
+    remedy = f'One unit cannot serve several widths. If another package creates it: {_REMEDY}'
+    if not unit.inferred_from or channels != unit.created_channels:
+        return f'{name} is for {channels} channels in {input_fmt} and got an input of shape {shape}: {advice}. {remedy}'
+    got = shape if is_wrong_format else shape[dim]
+    return (
+        f'{name} inferred {channels} from {unit.inferred_from!r}, got {got}: {advice}. The input has the shape '
+        f'{shape}, the unit is for {input_fmt}. {remedy}'
+    )
+
+
+def _check_batch_norms(unit: ChannelModule, x: torch.Tensor) -> None:
+    """Raise ValueError if a BatchNorm of a unit would take the statistics of one value per channel."""
+    for norm in unit.children():
+        if isinstance(norm, _BatchNorm) and (norm.training or norm.running_mean is None):
+            if BatchNorm.sync_group(norm) is None:
+                raise ValueError(
+                    f'{type(unit).__name__}{unit.place} ({unit.channels} channels) got an input of shape '
+                    f'{tuple(x.shape)} in training: Expected more than 1 value per channel, since its norms '
+                    f'({type(norm).__name__}) take the statistics of the batch. Train with at least two images '
+                    f'(`drop_last=True` leaves out a smaller last batch), call eval() of these norms, or give the '
+                    f'unit another `norm_layer`.'
+                )
 
 
 _GRAD_FN = vars(torch._C.TensorBase)['grad_fn'].__get__
@@ -151,10 +231,12 @@ def _wait(unit: ChannelModule) -> None:
 def _on_registration(parent: nn.Module, name: str, module: nn.Module | None) -> None:
     """The registration hook. PyTorch calls it just before `module` becomes `parent.name`."""
     with _lock:
-        for unit, places in list(_waiting.items()):
-            if module is not None:
-                _infer_width(unit, places, parent, name, module)
-        _remove_hook_if_none_waits()
+        try:
+            for unit, places in list(_waiting.items()):
+                if module is not None:
+                    _infer_width(unit, places, parent, name, module)
+        finally:
+            _remove_hook_if_none_waits()
 
 
 def _infer_width(unit: ChannelModule, places: list, parent: nn.Module, name: str, module: nn.Module) -> None:
@@ -164,6 +246,7 @@ def _infer_width(unit: ChannelModule, places: list, parent: nn.Module, name: str
         places.append((weakref.ref(parent), name))
         if len(places) == 1:
             unit.place = f' at {name!r} of {type(parent).__module__}.{type(parent).__qualname__}'
+            _check_one_width(unit, parent, name)
         width = width_at(parent, name)
     else:
         inside = next((inside for known, inside in places if known() is parent), None)
@@ -172,12 +255,23 @@ def _infer_width(unit: ChannelModule, places: list, parent: nn.Module, name: str
         _materialize(unit, width)
 
 
+def _check_one_width(unit: ChannelModule, parent: nn.Module, name: str) -> None:
+    """Raise ValueError for a host that calls the unit with inputs of several widths."""
+    widths = several_widths(parent, name)
+    if widths:
+        del _waiting[unit]
+        sources = ', '.join(f'{channels} from {layer!r}' for layer, channels in widths.items())
+        raise ValueError(
+            f'{type(unit).__name__}{unit.place} would get {sources}. One unit cannot serve several widths. {_REMEDY}'
+        )
+
+
 def _materialize(unit: ChannelModule, width: Width) -> None:
     """Create the layers of a waiting unit, with device and dtype of the layer that its width comes from."""
     del _waiting[unit]
     del unit.unknown_width
     unit.input_fmt = width.likely_fmt
-    unit.place += f', its width from {width.name!r},'
+    unit.inferred_from = width.name
     tensors = (*width.layer.parameters(), *width.layer.buffers())
     dd = next(({'device': t.device, 'dtype': t.dtype} for t in tensors if t.is_floating_point()), {})
     unit.initialize_parameters(width.channels, **dd)

@@ -5,7 +5,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch.nn as nn
 
-__all__ = ['Width', 'width_at']
+__all__ = ['Width', 'several_widths', 'width_at']
 
 # Activations whose input does not come from the layer registered before them: the sibling next to the activation, and
 # whether the activation has the width of its input or of its output, or a function that returns the width.
@@ -23,6 +23,8 @@ _HOSTS: dict[str, tuple[str, Literal['in', 'out'] | Callable[[Any], int]]] = {
     'timm.models.vision_transformer.DiffParallelScalingBlock.mlp_act': ('in_proj', lambda block: block.in_split[0]),
     'timm.models.vision_transformer.ParallelScalingBlock.mlp_act': ('in_proj', lambda block: block.in_split[0]),
 }
+# Activations that several siblings share, whose widths usually differ.
+_SHARED = {'timm.models.res2net.Bottle2neck.relu': ('bn1', 'bns', 'bn3')}
 _ANY_DIMS = (nn.GroupNorm, nn.SyncBatchNorm)
 _CONV_FMT = {1: 'NCL', 2: 'NCHW', 3: 'NCL'}
 
@@ -74,6 +76,23 @@ def width_at(parent: nn.Module, name: str, following: tuple[str, nn.Module] | No
     before = (_of_module(k, children[k], 'out') for k in reversed(names[:index]))
     after = (_of_module(k, children[k], 'in') for k in names[index + 1 :])
     return _first(before) or _first(after)
+
+
+def several_widths(parent: nn.Module, name: str) -> dict[str, int]:
+    """Return the widths of an activation's inputs by the names of the siblings that they come from.
+
+    Args:
+        parent: Module that will get the activation.
+        name: Name of the activation in the parent.
+
+    Returns:
+        The widths. It is empty if the activation is not known to be shared, or all widths are the same.
+    """
+    children = parent._modules
+    siblings = _SHARED.get(f'{type(parent).__module__}.{type(parent).__qualname__}.{name}', ())
+    found = {k: _of_module(k, m, 'out') for k in siblings if (m := children.get(k)) is not None}
+    widths = {k: width.channels for k, width in found.items() if width is not None}
+    return widths if len({*widths.values()}) > 1 else {}
 
 
 def _first(widths: Iterable[Width | None]) -> Width | None:

@@ -51,6 +51,8 @@ class XUnit(ChannelModule):
         does not show which of them remains. Here it is the second, because the network has a norm before the unit.
     """
 
+    first_layer = 'conv'
+
     def __init__(
         self,
         channels: int | None = None,

@@ -119,8 +119,10 @@ def observe_forward(
 
     Raises:
         ForwardError: The model raises an exception on its own device.
+        ValueError: accelerate has offloaded weights of the model.
         Exception: An exception of the observer.
     """
+    _check_not_offloaded(model)
     on_meta = observe_on_meta(model, inputs, create_observer)
     if on_meta is not None:
         return *on_meta, True
@@ -145,6 +147,19 @@ def observe_on_meta(
     with suppress(ForwardError):  # meta tensors have no values to branch on, and some code makes tensors on the CPU
         return observer, _run(meta_model, meta_inputs, observer)
     return None
+
+
+def _check_not_offloaded(model: nn.Module) -> None:
+    """Raise ValueError for a model with hooks of accelerate that load its weights for each forward pass."""
+    if not any(hasattr(module, '_hf_hook') for module in model.modules()):
+        return
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_meta:
+            raise ValueError(
+                f'{type(model).__name__} has weights that accelerate has offloaded: {name!r} is only loaded while its '
+                f'module runs. Load the model without `device_map`, or take the offloading back by '
+                f'accelerate.hooks.remove_hook_from_module(model, recurse=True). Offload the model afterwards.'
+            )
 
 
 def example_inputs(model: nn.Module, example_input: Any = None) -> tuple:
