@@ -1,5 +1,6 @@
 """Each code block of docs/deploy.md runs, and what it computes is what the model computes."""
 
+import copy
 import re
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,17 @@ import timm_atac
 
 PAGE = Path(__file__).parents[2] / 'docs' / 'deploy.md'
 FIRST, *BLOCKS = python_blocks(PAGE)
-OPTIONAL = {'coremltools', 'executorch', 'nncf', 'onnx', 'onnxruntime', 'onnxscript', 'openvino', 'torchao'}
+OPTIONAL = {
+    'coremltools',
+    'executorch',
+    'nncf',
+    'onnx',
+    'onnxruntime',
+    'onnxscript',
+    'openvino',
+    'torch_pruning',
+    'torchao',
+}
 NO_OUTPUT = ('ONNX', 'Core ML')  # these blocks write a file that nothing here runs
 
 
@@ -64,7 +75,7 @@ def test_block(block, tmp_path, monkeypatch) -> None:
     engine = torch.backends.quantized.engine
     model, images = network('atac_resnet8_cifar')
     calibration = [images, *(torch.randn_like(images) for _ in range(3))]
-    namespace = {'model': model, 'images': images, 'calibration': calibration}
+    namespace = {'model': copy.deepcopy(model), 'images': images, 'calibration': calibration}
     namespace |= {'timm': timm, 'torch': torch, 'timm_atac': timm_atac}
     try:
         for other in blocks_before(block):
@@ -75,6 +86,8 @@ def test_block(block, tmp_path, monkeypatch) -> None:
         torch.backends.quantized.engine = engine
     if block.section in NO_OUTPUT:
         assert 'y' not in namespace and list(tmp_path.iterdir())
+    elif block.section == 'Pruning':  # another function
+        assert namespace['y'].shape == model(images).shape
     else:
         assert difference(namespace['y'], model(images)) < limit(block)
 

@@ -17,11 +17,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings('ignore')]  # warning
 
 @pytest.mark.parametrize('dynamo', [True, False], ids=['new exporter', 'old exporter'])
 @pytest.mark.parametrize('name', NETWORKS)
-def test_onnx(name, dynamo, tmp_path, request) -> None:
+def test_onnx(name, dynamo, tmp_path) -> None:
     """A file that was exported with a batch of four runs another batch."""
-    if name == 'fa_resnet50' and not dynamo:
-        reason = "PyTorch's old exporter has no Unfold of an input whose size it does not know"
-        request.node.add_marker(pytest.mark.xfail(reason=reason, raises=torch.onnx.errors.SymbolicValueError))
     onnxruntime = pytest.importorskip('onnxruntime')
     if dynamo and Version(torch.__version__) < Version('2.6'):
         pytest.skip("PyTorch 2.5's new exporter fails with BatchNorm")
