@@ -51,8 +51,8 @@ def choose_rd_ratio(model: nn.Module, places: Sequence[Place], act: LayerType, r
     if added(last) > budget:
         raise ValueError(
             f'rd_ratio={rd_ratio!r}: at most {limit} parameters may be added, and {len(places)} units add '
-            f'{added(last):,} even with one channel in each bottleneck. Choose fewer activations by `where`, or a larger '
-            f'number.'
+            f'{added(last):,} even with one channel in each bottleneck. Choose fewer activations by '
+            f'`where`, or a larger number.'
         )
     first = 2
     while first < last:  # the number of parameters falls with r
