@@ -110,7 +110,7 @@ def replace_selected(
     activations = {m for m in model.modules() if is_activation(m) or isinstance(m, selection.types)}
     before = trace(model, inputs, activations)
     placement = Placement(before)
-    places, stages = find_places(model, activations, before), find_stages(model, before, placement)
+    places, stages = find_places(model, activations, before), find_stages(model, before, placement, selection.saved)
     selected = selection.choose(model, places, placement, stages)
     left = [(place.name, place.reason) for place in selected if place.reason is not None]
     chosen = [place for place in selected if place.reason is None]

@@ -40,12 +40,12 @@ class Placement:
         """The runs of modules that are residual blocks, in the order in which they start.
 
         A class of modules is a class of blocks if one of them adds two feature maps in its own code. So the blocks of
-        an inverted residual network that have no shortcut are blocks too. Of nested blocks, this is the inner one.
+        an inverted residual network that have no shortcut are blocks too. The model itself is not a block.
         """
         adding = {id(node.invocation): node.invocation for node in self._nodes if node.is_sum and node.invocation}
         classes = {type(invocation.module) for invocation in adding.values()}
         found = [invocation for invocation in self._trace.invocations if type(invocation.module) in classes]
-        return [b for b in found if not any(b.start < other.start and other.end <= b.end for other in found)]
+        return [invocation for invocation in found if invocation is not self._trace.invocations[0]]
 
     def is_after_addition(self, call: Call) -> bool:
         """True for an activation that the sum of a residual block passes on its way to the next block.

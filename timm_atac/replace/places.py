@@ -11,7 +11,7 @@ from ..units.deferred import ChannelModule
 from .rewrite import NotReplaceable, Site, find_sites, free_name, numbered, result_is_discarded
 from .trace import Call, Invocation, Trace
 
-__all__ = ['Place', 'Rewritable', 'SharedModule', 'describe', 'find_places']
+__all__ = ['Place', 'Rewritable', 'SharedModule', 'callee_names', 'describe', 'find_places']
 
 
 @dataclass(eq=False)
@@ -146,7 +146,7 @@ def _sites(
         if len(widths) > 1:
             raise NotReplaceable(f'it is called with {_listed(widths)} channels')
         full, *aliases = [join(of_caller, name) for of_caller in names[caller]]
-        callee = _callee(calls[0], caller, names)
+        callee = callee_names(calls[0], caller, names)
         places.append(Place(full, aliases, callee, site.activation, caller, calls, None, owner, index, widths[0]))
     return places
 
@@ -163,7 +163,7 @@ def _functions(
     for function, own in calls.items():
         free = next(name for name in numbered(function) if not hasattr(caller, name))
         full, *aliases = [join(of_caller, free) for of_caller in names[caller]]
-        places.append(Place(full, aliases, _callee(own[0], caller, names), function, caller, own, reason))
+        places.append(Place(full, aliases, callee_names(own[0], caller, names), function, caller, own, reason))
     return places
 
 
@@ -241,7 +241,7 @@ def _listed(widths: Sequence[tuple[int, str]]) -> str:
     return ', '.join(f'{channels} in {input_fmt}' for channels, input_fmt in widths)
 
 
-def _callee(call: Call, caller: nn.Module, names: dict[nn.Module, list[str]]) -> list[str]:
+def callee_names(call: Call, caller: nn.Module, names: dict[nn.Module, list[str]]) -> list[str]:
     """Return the names of what is called. Of a module with several names, those inside of its caller if any."""
     if isinstance(call.activation, str):
         return [join(name, call.activation) for name in names[caller]]

@@ -1,12 +1,15 @@
 """The stages of a model: what runs at one size of the feature maps."""
 
-from collections.abc import Iterable
+import itertools
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch.nn as nn
 
 from .placement import Placement
+from .places import callee_names
 from .trace import Call, Trace
 
 __all__ = ['Stage', 'find_stages']
@@ -17,7 +20,7 @@ class Stage:
     """A stage of a model.
 
     Attributes:
-        modules: Names of the modules that run in it and call activations.
+        modules: Names of the modules that run in it and have activations.
         calls: The ids of the calls of activations in it.
     """
 
@@ -25,12 +28,12 @@ class Stage:
     calls: frozenset[int]
 
 
-def find_stages(model: nn.Module, trace: Trace, placement: Placement) -> list[Stage]:
+def find_stages(model: nn.Module, trace: Trace, placement: Placement, saved: bool = False) -> list[Stage]:
     """Return the stages of a model, the first of which is stage 1.
 
     * In a model of timm, a stage is an entry of `feature_info`. It starts where the stage before it ends, the first one
-      where its module starts, and it ends with its module. An entry whose module has no children is a stem and no
-      stage. In a ViT, every block is a stage.
+      where its module starts, and it ends with its module. First entries whose modules have no children are the stem
+      and no stage. In a ViT, every block is a stage.
     * In any other model, a stage is all blocks whose outputs have one number of positions, with what runs before them.
       If that is the same for all blocks, every block is a stage. Without blocks, as in a VGG, a stage is all
       activations of maps with one number of positions. What runs before the first and after the last block, and what
@@ -40,20 +43,27 @@ def find_stages(model: nn.Module, trace: Trace, placement: Placement) -> list[St
         model: The model.
         trace: A forward pass of the model.
         placement: The places of the activations in this forward pass.
+        saved: Count as version 0.1 did: no entry whose module has no children is a stage. In the NFNets, for example,
+            the last stage ends with such a module.
     """
-    calls = sorted((call for _, call in trace.calls()), key=lambda call: call.step)
-    spans = _spans(model, trace)
-    if sum(first < last for first, last in spans.values()) > 1:
+    names: dict[nn.Module, list[str]] = defaultdict(list)
+    for name, module in model.named_modules(remove_duplicate=False):
+        names[module].append(name)
+    in_order = sorted(trace.calls(), key=lambda pair: pair[1].step)
+    paths = {id(call): callee_names(call, invocation.module, names)[0] for invocation, call in in_order}
+    calls = [call for _, call in in_order]
+    spans = _spans(model, trace, saved)
+    if sum(first < last for first, last in spans.values()) > (0 if saved else 1):
         groups = [
             (name, [call for call in calls if first < call.step <= last]) for (_, name), (first, last) in spans.items()
         ]
     else:
         groups = [('', group) for group in _by_map_size(calls, placement)]
-    names = {module: name for name, module in reversed(list(model.named_modules(remove_duplicate=False)))}
-    return [Stage(_modules(trace, names, calls, group) or (name,), frozenset(map(id, group))) for name, group in groups]
+    ids = [(name, frozenset(map(id, group))) for name, group in groups]
+    return [Stage(_modules(paths, group) or (name,), group) for name, group in ids]
 
 
-def _spans(model: nn.Module, trace: Trace) -> dict[tuple[int, str], tuple[int, int]]:
+def _spans(model: nn.Module, trace: Trace, saved: bool) -> dict[tuple[int, str], tuple[int, int]]:
     """Return the first and the last step of each stage of timm's `feature_info`, by its index and its module."""
     feature_info: Any = getattr(model, 'feature_info', None)
     feature_info = getattr(feature_info, 'info', feature_info)  # timm's class of a `features_only` model has a list
@@ -64,7 +74,8 @@ def _spans(model: nn.Module, trace: Trace) -> dict[tuple[int, str], tuple[int, i
         name = entry.get('module', '')
         module = modules.get(name)
         runs = [invocation for invocation in trace.invocations if invocation.module is module]
-        if module is not None and runs and any(True for _ in module.children()):
+        is_stage = module is not None and (any(True for _ in module.children()) or (bool(spans) and not saved))
+        if runs and is_stage:
             spans[index, name] = (runs[0].start if end is None else end, runs[-1].end)
             end = runs[-1].end
     return spans
@@ -89,16 +100,20 @@ def _by_map_size(calls: Iterable[Call], placement: Placement) -> list[list[Call]
     return list((by_block if len(by_size) == 1 and blocks else by_size).values())
 
 
-def _modules(trace: Trace, names: dict[nn.Module, str], calls: list[Call], group: list[Call]) -> tuple[str, ...]:
-    """Return the names of the outermost modules that call activations of one stage only."""
-    inside = set(map(id, group))
-    found: list[str] = []
-    end = 0
-    for invocation in trace.invocations:
-        if invocation.start < end:
-            continue
-        steps = [id(call) in inside for call in calls if invocation.start <= call.step <= invocation.end]
-        if steps and all(steps) and names.get(invocation.module):
-            found.append(names[invocation.module])
-            end = invocation.end
+def _modules(paths: dict[int, str], group: frozenset[int]) -> tuple[str, ...]:
+    """Return the names of the outermost modules whose activations are called in one stage only.
+
+    Args:
+        paths: The name of what is called, by the id of the call.
+        group: The ids of the calls in the stage.
+    """
+    elsewhere = {prefix for call, path in paths.items() if call not in group for prefix in _prefixes(path)}
+    found = (
+        next((p for p in _prefixes(paths[call]) if p not in elsewhere), paths[call]) for call in paths if call in group
+    )
     return tuple(dict.fromkeys(found))
+
+
+def _prefixes(path: str) -> Iterator[str]:
+    """Yield 'a', 'a.b' and 'a.b.c' for 'a.b.c'."""
+    return itertools.accumulate(path.split('.'), '{}.{}'.format)

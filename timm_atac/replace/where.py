@@ -40,7 +40,7 @@ class Selection:
     def __init__(self, where: Where | Sequence[Where] | None, saved: bool = False) -> None:
         choices: Any = list(where) if isinstance(where, (list, tuple, set, frozenset)) else [where]
         choices = ['all'] if where is None else choices
-        self.where, self._saved = where, saved
+        self.where, self.saved = where, saved
         self.words = [w for w in choices if isinstance(w, str) and w in _WORDS]
         self._patterns = [w for w in choices if isinstance(w, str) and w not in _WORDS]
         self.types = tuple(w for w in choices if isinstance(w, type))
@@ -60,11 +60,11 @@ class Selection:
         if len(self.words) == 1 and not (self._patterns or self.types or self._stages or self._functions):
             return self.words[0]
         if self.types or self._functions:
-            names = [place.callee[0] if self._saved else place.name for place in chosen]
+            names = [place.callee[0] if self.saved else place.name for place in chosen]
             choices: list[str | int] = list(dict.fromkeys(names))
         else:
             choices = [*self.words, *self._patterns, *self._stages]
-        return choices if self._saved else {'places': choices}
+        return choices if self.saved else {'places': choices}
 
     def choose(
         self, model: nn.Module, places: Sequence[Place], placement: Placement, stages: Sequence[Stage]
@@ -84,7 +84,7 @@ class Selection:
         ]
         fitting = [(part, {place for place in places if test(place)}) for part, test in tests]
         nothing = [part for part, found in fitting if not found]
-        if nothing and (len(nothing) == len(fitting) or not self._saved):
+        if nothing and (len(nothing) == len(fitting) or not self.saved):
             raise ValueError(self._message(nothing[0], model, places, stages))
         return [place for place in places if any(place in found for _, found in fitting)]
 
@@ -117,7 +117,7 @@ class Selection:
 
     def _test_of_pattern(self, pattern: str) -> Callable[[Place], bool]:
         def test(place: Place) -> bool:
-            names = [*_names(place), *place.callee] if self._saved else _names(place)
+            names = [*_names(place), *place.callee] if self.saved else _names(place)
             return any(fnmatchcase(name, pattern) for name in names)
 
         return test
