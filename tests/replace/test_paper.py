@@ -67,7 +67,9 @@ class Tokens(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.attn = LinearAttention(width)
-        self.mlp = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        self.mlp = nn.Sequential(
+            nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
+        )
 
     def forward(self, x):
         x = x + self.attn(x)
@@ -211,7 +213,12 @@ def test_transformers(name) -> None:
     with torch.device('meta'):
         if name == 'resnet':
             model = transformers.ResNetModel(transformers.ResNetConfig())
-            expected = [f'encoder.stages.{s}.layers.{b}.layer.{i}.activation' for s, n in ((2, 6), (3, 3)) for b in range(n) for i in (0, 1)]
+            expected = [
+                f'encoder.stages.{s}.layers.{b}.layer.{i}.activation'
+                for s, n in ((2, 6), (3, 3))
+                for b in range(n)
+                for i in (0, 1)
+            ]
         elif name == 'vit':
             model = transformers.ViTModel(transformers.ViTConfig(num_hidden_layers=4))
             expected = []

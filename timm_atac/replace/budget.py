@@ -2,11 +2,11 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from functools import partial
+from inspect import signature
 from typing import Any
 
 import torch.nn as nn
-from timm.layers import LayerType
+from timm.layers import LayerType, get_act_layer
 
 from ..units.create import create_activation
 from .places import Place
@@ -39,6 +39,9 @@ def choose_rd_ratio(model: nn.Module, places: Sequence[Place], act: LayerType, r
     Raises:
         ValueError: Bottlenecks of one channel are already too many, or the unit has no bottleneck.
     """
+    accepted = signature(get_act_layer(act)).parameters  # type: ignore[arg-type]
+    if 'rd_ratio' not in accepted:
+        raise ValueError(f'rd_ratio={rd_ratio!r} was given with act={act!r}, which has no bottleneck.')
     total = sum(p.numel() for p in model.parameters())
     budget = int(total * AUTO_SHARE) if rd_ratio == 'auto' else int(rd_ratio)
     limit = f'{AUTO_SHARE:.0%} of {total:,}' if rd_ratio == 'auto' else f'{budget:,}'
@@ -62,5 +65,5 @@ def choose_rd_ratio(model: nn.Module, places: Sequence[Place], act: LayerType, r
 
 
 def _parameters(act: LayerType, channels: int, rd_ratio: float) -> int:
-    unit = partial(create_activation, act, channels, rd_ratio)(device='meta')
+    unit = create_activation(act, channels, rd_ratio, device='meta')
     return sum(p.numel() for p in unit.parameters())

@@ -1,7 +1,8 @@
 """Chooses the places of a model by the argument `where`."""
 
+import itertools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from fnmatch import fnmatchcase
 from inspect import signature
 from typing import Any
@@ -137,8 +138,7 @@ class Selection:
         if part == 'paper':
             text += ': none is an inner activation of a block of the last two stages'
         if isinstance(part, str) and part not in _WORDS:
-            patterns = dict.fromkeys(re.sub(r'\b\d+\b', '*', name) for name in names)
-            similar = close_names(part, [*names, *(p for p in patterns if p.strip('.*') and p not in names)])
+            similar = close_names(part, dict.fromkeys((*names, *_patterns(names))))
             text += f'; did you mean {" or ".join(map(repr, similar))}?' if similar else '.'
         else:
             text += '.'
@@ -147,6 +147,16 @@ class Selection:
         if part == 'paper' or isinstance(part, int):
             text += f' The stages: {"; ".join(stage_lines(stages)) or "none"}.'
         return text
+
+
+def _patterns(names: Sequence[str]) -> Iterator[str]:
+    """Yield patterns for the places of a module and for those of modules with other numbers: 'a.1.*', 'a.*.act'."""
+    for name in names:
+        prefixes = itertools.accumulate(name.split('.')[:-1], '{}.{}'.format)
+        yield from (f'{prefix}.*' for prefix in prefixes)
+        numbered = re.sub(r'\b\d+\b', '*', name)
+        if numbered.strip('.*') and numbered != name:
+            yield numbered
 
 
 def stage_lines(stages: Sequence[Stage]) -> list[str]:
