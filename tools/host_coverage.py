@@ -2,6 +2,7 @@
 
     python tools/host_coverage.py               # all modules; writes the page; an hour on two cores
     python tools/host_coverage.py levit nfnet   # only prints the rows of these modules
+    python tools/host_coverage.py --paper       # only prints the rows of replace_activations(where='paper')
 
 The model of a module (the host) is its smallest one. It is tested with `act_layer='atac'`, `act_layer=timm_atac.ATAC`
 and `replace_activations`. The modules and models are those of timm's registry, so that new ones are included.
@@ -413,7 +414,15 @@ if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('modules', nargs='*', help='modules of timm (default: all of them, and the page is written)')
     parser.add_argument('--workers', type=int, default=2, help='number of processes (default: 2)')
+    parser.add_argument(
+        '--paper', action='store_true', help="only print the rows of replace_activations(where='paper')"
+    )
     args = parser.parse_args()
+    if args.paper:
+        with ProcessPoolExecutor(args.workers) as pool:
+            for row in pool.map(_call, [(by_paper, module) for module in args.modules or host_modules()]):
+                print(row, flush=True)
+        sys.exit()
     rows = []
     for row in all_rows(args.modules or host_modules(), args.workers):
         print(row, flush=True)

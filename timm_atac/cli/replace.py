@@ -1,7 +1,7 @@
 """Print which activations of a model `replace_activations` would replace, and what that costs.
 
-The table has for each unit its name, what it replaces, its width, parameters and multiply-adds. Then come the sums before
-and after, and the stages of the model. Nothing is changed, downloaded or written.
+The table has for each unit its name, what it replaces, its width, parameters and multiply-adds. Then come the sums
+before and after, and the stages of the model. Nothing is changed, downloaded or written.
 
     timm-atac replace resnet50 --where paper
     timm-atac replace efficientnet_b0 --where -1 --rd-ratio auto

@@ -114,6 +114,7 @@ def replace_selected(
     selected = selection.choose(model, places, placement, stages)
     left = [(place.name, place.reason) for place in selected if place.reason is not None]
     chosen = [place for place in selected if place.reason is None]
+    left_out = selection.not_chosen(model, places, placement, stages)
     if not chosen:
         kept = ''.join(f' {name} stays: {reason}.' for name, reason in left[:10])
         raise ValueError(
@@ -148,7 +149,7 @@ def replace_selected(
         (parameters, total),
         (_flops(before, model) / 2e9 / _batch_size(inputs), _flops(after, model) / 2e9 / _batch_size(inputs)),
         tuple(stage_lines(stages)),
-        tuple((reason, tuple(names)) for reason, names in selection.reasons(selected, places, placement).items()),
+        tuple((reason, tuple(names)) for reason, names in left_out.items()),
     )
     if dry_run:
         return report

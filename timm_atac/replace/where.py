@@ -3,6 +3,7 @@
 import itertools
 import re
 from collections.abc import Callable, Iterator, Sequence
+from copy import copy
 from fnmatch import fnmatchcase
 from inspect import signature
 from typing import Any
@@ -89,17 +90,21 @@ class Selection:
             raise ValueError(self._message(nothing[0], model, places, stages))
         return [place for place in places if any(place in found for _, found in fitting)]
 
-    def reasons(self, chosen: Sequence[Place], places: Sequence[Place], placement: Placement) -> dict[str, list[str]]:
-        """Return the names of the places that `where` does not choose for a reason, by the reason."""
+    def not_chosen(
+        self, model: nn.Module, places: Sequence[Place], placement: Placement, stages: Sequence[Stage]
+    ) -> dict[str, list[str]]:
+        """Return the names of the places that 'paper', a stage or a type leaves out, by the reason."""
+        chosen = self.choose(model, places, placement, stages)
         reasons: dict[str, list[str]] = {}
-        for place in places:
-            if place in chosen or not place.calls:
-                continue
-            reason = _reason(place, placement) if 'paper' in self.words else None
-            if reason is None and _is_in_attention(place, placement):
-                reason = 'inside an attention module'
-            if reason is not None or 'paper' in self.words:
-                reasons.setdefault(reason or 'in another stage', []).append(place.name)
+        if 'paper' in self.words:
+            for place in places:
+                if place not in chosen:
+                    reasons.setdefault(_reason(place, placement) or 'in another stage', []).append(place.name)
+        elif (self._stages or self.types) and not self._adds_attention:
+            including = copy(self)
+            including._adds_attention = True
+            more = [place.name for place in including.choose(model, places, placement, stages) if place not in chosen]
+            reasons = {'inside an attention module': more} if more else {}
         return reasons
 
     def _test_of_word(self, word: str, placement: Placement, stages: Sequence[Stage]) -> Callable[[Place], bool]:
