@@ -122,11 +122,17 @@ def trace(model: nn.Module, inputs: tuple, activations: set[nn.Module]) -> Trace
         observer, output, on_meta = observe_forward(
             model, inputs, lambda original_of: _Tracer(activations, original_of, counter)
         )
-    for tensor in tree_leaves(inputs):  # what has returned an input itself has left its marks on it
-        for name in ('_timm_atac_node', '_timm_atac_call', '_timm_atac_dim'):
-            if hasattr(tensor, name):
-                delattr(tensor, name)
+    _unmark(model, inputs)
     return Trace(observer.invocations, output, on_meta, observer.flow)
+
+
+def _unmark(model: nn.Module, inputs: tuple) -> None:
+    """Delete the marks on tensors that outlive the forward pass. Functions that work in place return such tensors."""
+    own = (value for module in model.modules() for value in (*module._buffers.values(), *vars(module).values()))
+    for tensor in (*tree_leaves(inputs), *model.parameters(), *own):
+        if isinstance(tensor, torch.Tensor):
+            for name in ('_timm_atac_node', '_timm_atac_call', '_timm_atac_dim'):
+                vars(tensor).pop(name, None)
 
 
 class _Tracer(ForwardObserver):
