@@ -264,7 +264,7 @@ def test_where_in_config_json(where, tmp_path) -> None:
     'args, message',
     [
         ({'rd_ratio': 'auto', 'where': 'paper'}, r"rd_ratio='auto': atac_host takes a ratio.*give rd_ratio=0\.5"),
-        ({'where': {'place': ['*']}}, r"where={'place': \['\*'\]}: expected {'places'"),
+        ({'where': {'place': ['*']}}, r"where={'place': \['\*'\]}: expected a pattern of names"),
         ({'where': {'places': ['nowhere']}}, "where='nowhere' fits no activation"),
     ],
 )

@@ -68,7 +68,7 @@ def atac_host(
     """
     if not (host and isinstance(host, str)) and not (isinstance(host, Mapping) and host.get('model_name')):
         raise ValueError(f"host={host!r}: expected the name of a model, or a dict with it as 'model_name'.")
-    selection = _selection(where)
+    selection = Selection(where, saved=not isinstance(where, Mapping))
     builder = {name: kwargs.pop(name) for name in _BUILDER_ARGS if name in kwargs}
     cfg = kwargs.pop('pretrained_cfg', None)
     cfg = None if isinstance(cfg, str) else cfg  # a tag of `atac_host`; none has weights
@@ -116,16 +116,6 @@ def atac_host(
         **builder,
         **kwargs,
     )
-
-
-def _selection(where: Any) -> Selection:
-    if not isinstance(where, Mapping):
-        return Selection(where, saved=True)
-    if set(where) != {'places'}:
-        raise ValueError(
-            f"where={dict(where)!r}: expected {{'places': [...]}}, with patterns of names and stage numbers."
-        )
-    return Selection(where['places'])
 
 
 def _create_host(host_args: dict[str, Any]) -> Any:

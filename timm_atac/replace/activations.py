@@ -1,7 +1,7 @@
 """Replaces the activations of a finished model by ATAC or another unit, for any model."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from inspect import signature
 from typing import Any, Literal, overload
 
@@ -34,7 +34,7 @@ def replace_activations(
     model: nn.Module,
     act: LayerType = 'atac',
     *,
-    where: Where | Sequence[Where] | None = None,
+    where: Where | Sequence[Where] | Mapping[str, Any] | None = None,
     example_input: Any = None,
     rd_ratio: float | str | None = None,
     dry_run: Literal[False] = False,
@@ -44,7 +44,7 @@ def replace_activations(
     model: nn.Module,
     act: LayerType = 'atac',
     *,
-    where: Where | Sequence[Where] | None = None,
+    where: Where | Sequence[Where] | Mapping[str, Any] | None = None,
     example_input: Any = None,
     rd_ratio: float | str | None = None,
     dry_run: Literal[True],
@@ -53,7 +53,7 @@ def replace_activations(
     model: nn.Module,
     act: LayerType = 'atac',
     *,
-    where: Where | Sequence[Where] | None = None,
+    where: Where | Sequence[Where] | Mapping[str, Any] | None = None,
     example_input: Any = None,
     rd_ratio: float | str | None = None,
     dry_run: bool = False,
@@ -70,7 +70,8 @@ def replace_activations(
     Args:
         model: Any model. All of it is changed in place, or, after an error, nothing.
         act: 'atac', 'se_act', 'nin', 'xunit', a class or `partial` whose constructor takes `channels` and `input_fmt`.
-        where: Selects activations by one of these, or a sequence of them, of which one has to fit:
+        where: Selects activations by one of these, or a sequence of them, of which one has to fit. (A dict with one of
+            these as 'places', as config.json has it, is the same.)
 
             * 'paper': as in the paper's ATAC-ResNet-50, the inner activations of the blocks of the last two stages. See
               docs/any_model.md.

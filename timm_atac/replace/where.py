@@ -2,7 +2,7 @@
 
 import itertools
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
 from fnmatch import fnmatchcase
 from inspect import signature
@@ -30,7 +30,7 @@ class Selection:
     """The argument `where` of `replace_activations`, after a check.
 
     Args:
-        where: As in `replace_activations`.
+        where: As in `replace_activations`, or a dict with that as 'places', as config.json has it.
         saved: Read `where` as version 0.1 did: a pattern is also compared with the name of an activation that several
             places share, stages and types include the activations inside of attention modules, and what fits nothing
             is no error.
@@ -39,8 +39,9 @@ class Selection:
         ValueError: `where` is none of what is expected.
     """
 
-    def __init__(self, where: Where | Sequence[Where] | None, saved: bool = False) -> None:
-        choices: Any = list(where) if isinstance(where, (list, tuple, set, frozenset)) else [where]
+    def __init__(self, where: Where | Sequence[Where] | Mapping[str, Any] | None, saved: bool = False) -> None:
+        inner: Any = where['places'] if isinstance(where, Mapping) and set(where) == {'places'} else where
+        choices: Any = list(inner) if isinstance(inner, (list, tuple, set, frozenset)) else [inner]
         choices = ['all'] if where is None else choices
         self.where, self.saved = where, saved
         self.words = [w for w in choices if isinstance(w, str) and w in _WORDS]
