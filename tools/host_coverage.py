@@ -2,6 +2,7 @@
 
     python tools/host_coverage.py               # all modules; writes the page; an hour on two cores
     python tools/host_coverage.py levit nfnet   # only prints the rows of these modules
+    python tools/host_coverage.py --paper       # only prints the rows of replace_activations(where='paper')
 
 The model of a module (the host) is its smallest one. It is tested with `act_layer='atac'`, `act_layer=timm_atac.ATAC`
 and `replace_activations`. The modules and models are those of timm's registry, so that new ones are included.
@@ -79,7 +80,7 @@ class Row:
 
     module: str
     model: str
-    way: str  # 'name', 'class' or 'replace'; '-' if none works
+    way: str  # 'name', 'class', 'replace' or 'paper'; '-' if none works
     result: str  # 'ok' or the reason
     units: str = '-'  # number of units, and of all activation modules
     parameters: str = '-'  # of the host and of the units
@@ -126,17 +127,23 @@ def by_act_layer(module: str, model: str | None = None) -> Row:
     return Row(module, name, '-', f'{reasons[0]}; as a class: {reasons[1]}' if different else reasons[0])
 
 
-def by_replacing(module: str, model: str | None = None) -> Row:
+def by_replacing(module: str, model: str | None = None, where: str = 'all') -> Row:
     """Test `replace_activations` with `model` or the smallest model."""
     name = model or by_size(module)[0]
 
     def make(act: str, **kwargs) -> nn.Module:
-        return replace_activations(timm.create_model(name, **kwargs), act)
+        return replace_activations(timm.create_model(name, **kwargs), act, where=where)
 
     with torch.device('meta'):
         if not any(is_activation(m) for m in timm.create_model(name).modules()):
             return Row(module, name, '-', 'has no activation module')
-    return _row(module, name, 'replace', *(partial(make, act) for act in ('atac', 'se_act', 'nin')))
+    way = 'replace' if where == 'all' else where
+    return _row(module, name, way, *(partial(make, act) for act in ('atac', 'se_act', 'nin')))
+
+
+def by_paper(module: str, model: str | None = None) -> Row:
+    """Test `replace_activations(where='paper')` with `model` or the smallest model."""
+    return by_replacing(module, model, 'paper')
 
 
 def takes_act_layer(name: str) -> bool:
@@ -166,7 +173,7 @@ def _row(module: str, name: str, way: str, make: Make, se_act: Make, nin: Make) 
     count = len(units(model))
     added = sum(p.numel() for _, p in unit_parameters(model))
     others = sum(p.numel() for p in model.parameters()) - added
-    shared = sum(r.places > 1 for r in model.replaced_activations.replaced) if way == 'replace' else 0
+    shared = sum(r.places > 1 for r in model.replaced_activations.replaced) if way in ('replace', 'paper') else 0
     spatial = layouts <= {'NCHW', 'NHWC'}
     return Row(
         module,
@@ -407,7 +414,15 @@ if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('modules', nargs='*', help='modules of timm (default: all of them, and the page is written)')
     parser.add_argument('--workers', type=int, default=2, help='number of processes (default: 2)')
+    parser.add_argument(
+        '--paper', action='store_true', help="only print the rows of replace_activations(where='paper')"
+    )
     args = parser.parse_args()
+    if args.paper:
+        with ProcessPoolExecutor(args.workers) as pool:
+            for row in pool.map(_call, [(by_paper, module) for module in args.modules or host_modules()]):
+                print(row, flush=True)
+        sys.exit()
     rows = []
     for row in all_rows(args.modules or host_modules(), args.workers):
         print(row, flush=True)

@@ -374,11 +374,49 @@ def test_list(run) -> None:
 
 
 @pytest.mark.slow
+def test_replace(run) -> None:
+    status, output, _ = run('replace', 'resnet18')
+    assert status == 0
+    lines = output.splitlines()
+    assert lines[0] == '4 units (atac)'
+    assert lines[2].split() == ['layer3.0.act1', 'ReLU', '256', 'NCHW', '1', '66,304', '0.0128']
+    assert '  parameters: 11,689,512 before, 12,349,480 after (+5.6%)' in lines
+    assert '  stages: 1 (layer1); 2 (layer2); 3 (layer3); 4 (layer4)' in lines
+    output = run('replace', 'resnet18', '--where', '-1', 'layer1.*', '--rd-ratio', '100_000', '--act', 'nin')[1]
+    assert output.startswith('8 units (nin)\n')
+    assert 'the units may add at most 100,000 parameters' in output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    'line, message',
+    [
+        ('resnet18 --where layr4.*', "where='layr4.*' fits no activation of ResNet; did you mean 'layer4.*'"),
+        (
+            'resnet18 --where 9',
+            'expected a stage from 1 to 4, or from -1 for the last; ResNet has 4 stages: 1 (layer1)',
+        ),
+        ('resnet18 --act relu', "act='relu': expected 'atac', 'se_act', 'nin', 'xunit'"),
+        (
+            'resnet18 --rd-ratio much',
+            "--rd-ratio much: expected a ratio such as 0.25, a number of parameters, or 'auto'.",
+        ),
+        ('resnet18 --rd-ratio 10', 'rd_ratio=10.0: at most 10 parameters may be added, and 4 units add'),
+        ('resnet81', "did you mean 'resnet18'"),
+        ('local-dir:here', 'expected the name of a model of timm, without a folder or repository'),
+        ('resnet18 --model-kwargs num_clases=3', "ResNet has no argument 'num_clases'; did you mean 'num_classes'"),
+    ],
+)
+def test_replace_refuses(run, line, message) -> None:
+    fails(run('replace', *line.split()), message)
+
+
+@pytest.mark.slow
 def test_help() -> None:
     """Each command explains itself with an example, and without loading torch."""
     code = 'import sys; from timm_atac.cli import main\n'
     code += 'try: main(sys.argv[1:])\nfinally: print("torch" in sys.modules)'
-    for command in ('convert', 'push', 'card', 'gates', 'list'):
+    for command in ('convert', 'push', 'card', 'gates', 'list', 'replace'):
         result = subprocess.run([sys.executable, '-c', code, command, '--help'], capture_output=True, text=True)
         assert result.returncode == 0
         assert result.stdout.endswith('False\n')

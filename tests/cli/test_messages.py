@@ -14,7 +14,7 @@ from timm_atac.cli import list_models, main
 from timm_atac.hub.convert_files import ModelError, create_model
 from timm_atac.hub.licenses import LICENSES, license_problem
 from timm_atac.hub.push import HubError, _message, check_token
-from timm_atac.utils.words import counted, did_you_mean, shortened
+from timm_atac.utils.words import close_names, counted, did_you_mean, shortened
 from timm_atac.weights.convert import to_arrays
 
 PARAMS = str(Path(__file__).parents[1] / 'data' / 'cifar_b1_atac.params')
@@ -191,3 +191,4 @@ def test_words() -> None:
     assert shortened('abcde') == ['a', 'b', 'c', 'd', 'e']
     assert did_you_mean('RELU', ['relu', 'gelu']) == "did you mean 'relu'?"
     assert did_you_mean('xyz', ['relu']) == ''
+    assert close_names('layr4.*', ['stem.*', 'layer3.*', 'layer4.*'], count=2) == ['layer4.*', 'layer3.*']

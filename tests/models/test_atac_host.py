@@ -226,6 +226,53 @@ def test_a_host_from_a_folder_is_saved_by_its_name(tmp_path) -> None:
         torch.testing.assert_close(again(x), model(x), rtol=0, atol=0)
 
 
+SAVED = Path(__file__).parents[1] / 'data' / 'saved_hosts'  # folders that version 0.1 has written
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('folder', ['absent_where', 'patterns', 'shared', 'stage_number'])
+def test_folders_of_version_0_1(folder, tmp_path) -> None:
+    """A stage includes SE, a name of a shared activation is all its places, and a pattern may fit nothing."""
+    expected = json.loads((SAVED / folder / 'expected.json').read_text())
+    config = json.loads((SAVED / folder / 'config.json').read_text())
+    if folder == 'absent_where' and SAFE:
+        model: Any = timm.create_model(f'local-dir:{SAVED / folder}', pretrained=True).eval()
+        x = torch.linspace(-1, 1, 3 * 96 * 96).reshape(1, 3, 96, 96)
+        with torch.no_grad():
+            torch.testing.assert_close(model(x)[0], torch.tensor(expected['logits']), rtol=1e-3, atol=1e-4)
+    else:
+        model = timm.create_model('atac_host', **config['model_args'])
+    assert list(units(model)) == expected['units']
+    args = model.replaced_activations.model_args
+    assert args.get('where') == config['model_args'].get('where', 'all')
+    again = timm.create_model('atac_host', **args)
+    assert units(again) == units(model)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('where', ['paper', 'all', {'places': [-1]}, {'places': ['layer4.*.act1', 3]}])
+def test_where_in_config_json(where, tmp_path) -> None:
+    chosen = where['places'] if isinstance(where, dict) else where
+    model: Any = replace_activations(timm.create_model('resnet18', num_classes=7), where=chosen)
+    name = save(randomise(model), tmp_path, **model.replaced_activations.model_args)
+    assert json.loads((tmp_path / 'config.json').read_text())['model_args']['where'] == where
+    again: Any = timm.create_model(name, pretrained=True).eval()
+    assert units(again) == units(model) == units(timm.create_model('atac_host', where=where))
+
+
+@pytest.mark.parametrize(
+    'args, message',
+    [
+        ({'rd_ratio': 'auto', 'where': 'paper'}, r"rd_ratio='auto': atac_host takes a ratio.*give rd_ratio=0\.5"),
+        ({'where': {'place': ['*']}}, r"where={'place': \['\*'\]}: expected a pattern of names"),
+        ({'where': {'places': ['nowhere']}}, "where='nowhere' fits no activation"),
+    ],
+)
+def test_wrong_arguments(args, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        timm.create_model('atac_host', host='test_resnet', **args)
+
+
 @pytest.mark.parametrize('host', [5, '', {}, {'num_classes': 7}])
 def test_a_host_that_is_none(host) -> None:
     with pytest.raises(ValueError, match='expected the name of a model'):

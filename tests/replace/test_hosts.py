@@ -103,6 +103,24 @@ def test_every_model() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
+    'module, model',
+    [
+        ('resnet', 'test_resnet'),
+        ('efficientnet', 'test_efficientnet'),
+        ('nfnet', 'test_nfnet'),
+        ('vision_transformer', 'test_vit'),
+        ('byobnet', 'test_byobnet'),
+    ],
+)
+def test_placement_of_the_paper(module, model) -> None:
+    if not timm.is_model(model):
+        pytest.skip(f'this timm has no {model}')
+    row = host_coverage.by_paper(module, model)
+    assert (row.way, row.result) == ('paper', 'ok')
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
     'name, way, result',
     [
         ('efficientnet_b0', 'name', 'ok'),

@@ -210,7 +210,8 @@ def test_a_unit_of_the_users() -> None:
             return x * self.weight
 
     model: Any = replace_activations(timm.create_model('test_resnet'), Scale)
-    assert model.replaced_activations.replaced[0].channels == model.act1.weight.numel()
+    channels = {r.name: r.channels for r in model.replaced_activations.replaced}
+    assert channels['act1'] == model.act1.weight.numel()
     loop: Any = replace_activations(_Loop(), Scale)
     assert set(loop.act.units) == {'5', '7'}
 
@@ -234,7 +235,7 @@ def test_a_list_is_one_argument() -> None:
 @pytest.mark.parametrize(
     'kwargs, message',
     [
-        ({'where': 'layer9.*'}, 'fits no activation of ResNet that can be replaced'),
+        ({'where': 'layer9.*'}, "fits no activation of ResNet; did you mean 'layer4"),
         ({'where': 9}, 'expected a stage from 1 to 4'),
         ({'where': []}, 'expected a pattern of names'),
         ({'where': nn.ReLU()}, 'expected a pattern of names'),
@@ -258,12 +259,12 @@ def test_report_in_a_notebook() -> None:
     assert str(report).startswith('1 unit (atac)\n')
     assert repr(report).startswith("Report(act='atac'")
     html = report._repr_html_()
-    assert '<tr><td>1</td><td>ReLU</td><td>8</td><td>NCHW</td><td>1</td></tr>' in html
+    assert '<tr><td>1</td><td>ReLU</td><td>8</td><td>NCHW</td><td>1</td><td>88</td><td>0.0000</td></tr>' in html
 
 
 def test_messages_of_wrong_arguments() -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())
-    with pytest.raises(ValueError, match=r'There is 1 activation module: 1\.$'):
+    with pytest.raises(ValueError, match=r'There is 1 activation: 1\.$'):
         replace_activations(model, where='x*')
     with pytest.raises(ValueError, match="act='atca': did you mean 'atac'"):
         replace_activations(model, 'atca')

@@ -69,6 +69,18 @@ def test_the_next_layer_shows_it_where_the_last_cannot() -> None:
     assert width(forward, nn.Linear(8, 6), nn.Linear(6, 4), x=torch.randn(2, 5, 8)) == (6, 'NLC')
 
 
+def test_nothing_is_left_on_tensors() -> None:
+    def forward(m, x):
+        m.last.copy_(x.contiguous()[0])
+        return m.act(m.layers[0](x)) * float(m.last.mean())
+
+    net = Net(forward, nn.Conv2d(3, 8, 1))
+    net.register_buffer('last', torch.zeros(3, 8, 8))
+    x = torch.randn(2, 3, 8, 8)
+    assert not trace(net, (x,), {net.act}).on_meta
+    assert not any(vars(tensor) for tensor in (x, net.last, *net.parameters()))
+
+
 @pytest.mark.parametrize('function', ['conv2d', 'relu'])
 def test_inputs_by_keyword(function) -> None:
     def forward(m, x):

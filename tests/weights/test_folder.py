@@ -88,7 +88,7 @@ def test_config_says_nothing_twice(tmp_path) -> None:
 def test_a_replaced_host_claims_nothing_of_the_host(tmp_path) -> None:
     save_for_hf(timm.create_model('atac_host', host='resnet18'), tmp_path)
     config = read_config(tmp_path)
-    assert config['model_args'] == {'host': 'resnet18', 'act': 'atac'}
+    assert config['model_args'] == {'host': 'resnet18', 'act': 'atac', 'where': 'all'}
     assert not {'tag', 'license', 'description', 'origin_url'} & set(config['pretrained_cfg'])
 
 

@@ -8,13 +8,20 @@ import traceback
 from collections.abc import Sequence
 
 from .. import __version__, _autoload
-from . import card, convert, gates, list_models, push
+from . import card, convert, gates, list_models, push, replace
 from .arguments import CliError
 from .parser import Parser
 
 __all__ = ['main']
 
-_COMMANDS = {'convert': convert, 'push': push, 'card': card, 'gates': gates, 'list': list_models}
+_COMMANDS = {
+    'convert': convert,
+    'push': push,
+    'card': card,
+    'gates': gates,
+    'list': list_models,
+    'replace': replace,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -8,7 +8,9 @@ from timm.layers import LayerType
 from timm.models import create_model, generate_default_cfgs, resolve_pretrained_cfg
 
 from .. import _timm
-from ..replace.activations import replace_activations
+from ..replace.activations import replace_selected
+from ..replace.budget import is_budget
+from ..replace.where import Selection
 from ..weights.advice import explain_failed_download, failed_source
 from ._build import SOURCES, build_model
 
@@ -36,7 +38,7 @@ def atac_host(
     pretrained: bool = False,
     host: str | Mapping[str, Any] = 'resnet18',
     act: LayerType = 'atac',
-    where: str | int | Sequence[str | int] | None = None,
+    where: str | int | Sequence[str | int] | Mapping[str, Any] | None = None,
     rd_ratio: float | None = None,
     **kwargs,
 ) -> nn.Module:
@@ -48,8 +50,11 @@ def atac_host(
         host: Name of a model, which may have a tag or a source (`hf-hub:`, `local-dir:`), or a dict of arguments of
             `timm.create_model`.
         act: As in `replace_activations`.
-        where: As in `replace_activations`.
-        rd_ratio: As in `replace_activations`.
+        where: 'paper', 'all', or `{'places': ...}` with any `where` of `replace_activations` that JSON has. None is
+            'all'. A pattern, a stage number, or a list of these without `places` means what it meant in version 0.1, so
+            that its folders load: a stage includes the activations inside attention modules, the name of an activation
+            that several places share is all of them, and a pattern in a list may fit nothing.
+        rd_ratio: Width of the units' bottleneck over the channels, None for the units' default.
         **kwargs: Arguments of the host.
 
     timm saves the arguments as they are given here, so a saved model needs the folder of a `local-dir:` host. To save a
@@ -58,10 +63,12 @@ def atac_host(
 
     Raises:
         ValueError: As in `replace_activations`; `host` is neither a name nor a dict with one; `features_only` for a
-            host without `forward_intermediates`.
+            host without `forward_intermediates`; `rd_ratio` is 'auto' or a number of parameters, which config.json
+            would keep as it is given, and which is another ratio for another number of classes.
     """
     if not (host and isinstance(host, str)) and not (isinstance(host, Mapping) and host.get('model_name')):
         raise ValueError(f"host={host!r}: expected the name of a model, or a dict with it as 'model_name'.")
+    selection = Selection(where, saved=not isinstance(where, Mapping))
     builder = {name: kwargs.pop(name) for name in _BUILDER_ARGS if name in kwargs}
     cfg = kwargs.pop('pretrained_cfg', None)
     cfg = None if isinstance(cfg, str) else cfg  # a tag of `atac_host`; none has weights
@@ -75,7 +82,14 @@ def atac_host(
     }
 
     def make(**args) -> Any:
-        model = replace_activations(_create_host({**host_args, **args}), act, where=where, rd_ratio=rd_ratio)
+        host_model = _create_host({**host_args, **args})
+        if is_budget(rd_ratio):
+            found = replace_selected(host_model, act, selection, None, rd_ratio, dry_run=True).rd_ratio
+            raise ValueError(
+                f'rd_ratio={rd_ratio!r}: atac_host takes a ratio, because config.json keeps what is given, and this '
+                f'would be another ratio for another number of classes. For this host, give rd_ratio={found!r}.'
+            )
+        model = replace_selected(host_model, act, selection, None, rd_ratio)
         if builder.get('features_only') and not hasattr(model, 'forward_intermediates'):
             raise ValueError(
                 f'features_only of host={host!r}: {type(model).__name__} has no forward_intermediates. Create the host '

@@ -1,11 +1,9 @@
 """Replaces the activations of a finished model by ATAC or another unit, for any model."""
 
-import html
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from inspect import signature
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 import torch.nn as nn
@@ -16,63 +14,50 @@ from .. import _timm
 from ..units.atac import ACTIVATIONS
 from ..units.memory_efficient import ACTIVATIONS_ME
 from ..utils.forward_pass import ForwardError, example_inputs
-from ..utils.words import counted, did_you_mean, shortened
-from .edits import Edits, Replaced
+from ..utils.words import counted, did_you_mean
+from .budget import choose_rd_ratio, is_budget
+from .edits import Edits
+from .placement import Placement
+from .places import describe, find_places
+from .report import Replaced, Report
+from .stages import find_stages
 from .trace import Trace, is_activation, trace
-from .where import Selection, Where
+from .where import Selection, Where, stage_lines
 
-__all__ = ['Report', 'replace_activations']
+__all__ = ['Report', 'replace_activations', 'replace_selected']
 
 _logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Report:
-    """What `replace_activations` did to a model."""
-
-    act: str
-    replaced: tuple[Replaced, ...]
-    left: tuple[tuple[str, str], ...]  # name of an activation that stays, and why
-    model_args: dict[str, Any] | None = None  # of a timm model: the arguments of `atac_host` that create it again
-
-    def __str__(self) -> str:
-        lines = [f'{counted(len(self.replaced), "unit")} ({self.act})']
-        for r in self.replaced:
-            shared = f', shared by {r.places} places' if r.places > 1 else ''
-            lines.append(f'  {r.name}: {r.was} -> {r.channels} channels, {r.input_fmt}{shared}')
-        return '\n'.join([*lines, *self._stays()])
-
-    def _repr_html_(self) -> str:
-        """Return a table for notebooks."""
-        head = ('unit', 'was', 'channels', 'layout', 'places')
-        rows = [(r.name, r.was, r.channels, r.input_fmt, r.places) for r in self.replaced]
-        cells = [f'<td>{"</td><td>".join(html.escape(str(cell)) for cell in row)}</td>' for row in rows]
-        body = ''.join(f'<tr>{row}</tr>' for row in cells)
-        stays = ''.join(f'<p>{html.escape(line.strip())}</p>' for line in self._stays())
-        title = html.escape(f'{counted(len(self.replaced), "unit")} ({self.act})')
-        return (
-            f'<p>{title}</p><table><thead><tr><th>{"</th><th>".join(head)}</th></tr></thead>'
-            f'<tbody>{body}</tbody></table>{stays}'
-        )
-
-    def caveats(self) -> str:
-        """Return the units that serve several places and the activations that stay, or '' if there are none."""
-        shared = [r.name for r in self.replaced if r.places > 1]
-        lines = [f'  one unit each for several places: {", ".join(shared)}'] if shared else []
-        return '\n'.join([*lines, *self._stays()])
-
-    def _stays(self) -> list[str]:
-        return [f'  {name} stays: {reason}' for name, reason in self.left]
-
-
+@overload
 def replace_activations(
     model: nn.Module,
     act: LayerType = 'atac',
     *,
-    where: Where | Sequence[Where] | None = None,
+    where: Where | Sequence[Where] | Mapping[str, Any] | None = None,
     example_input: Any = None,
-    rd_ratio: float | None = None,
-) -> nn.Module:
+    rd_ratio: float | str | None = None,
+    dry_run: Literal[False] = False,
+) -> nn.Module: ...
+@overload
+def replace_activations(
+    model: nn.Module,
+    act: LayerType = 'atac',
+    *,
+    where: Where | Sequence[Where] | Mapping[str, Any] | None = None,
+    example_input: Any = None,
+    rd_ratio: float | str | None = None,
+    dry_run: Literal[True],
+) -> Report: ...
+def replace_activations(
+    model: nn.Module,
+    act: LayerType = 'atac',
+    *,
+    where: Where | Sequence[Where] | Mapping[str, Any] | None = None,
+    example_input: Any = None,
+    rd_ratio: float | str | None = None,
+    dry_run: bool = False,
+) -> nn.Module | Report:
     """Replace the activations of a model by units. Its weights and everything else stay as they are.
 
     A forward pass shows the width and layout of each activation's input. It runs on the `meta` device if the model can.
@@ -81,55 +66,99 @@ def replace_activations(
       module that calls it. If its forward pass has no single graph, there is one unit for each width.
     * Activations that are called as functions are replaced in the same way, or stay if there is no graph.
     * Attributes that a rewritten forward pass depends on can no longer be set to another value.
-    * `where=None` includes the activations inside of attention modules.
 
     Args:
         model: Any model. All of it is changed in place, or, after an error, nothing. Of a model of `torch.compile`, the
             model inside is changed. The next forward pass compiles it again.
         act: 'atac', 'se_act', 'nin', 'xunit', a class or `partial` whose constructor takes `channels` and `input_fmt`.
-        where: Selects activations, None all of them: a pattern of names (`'layer4.*'`), a type (`nn.GELU`), a stage
-            number from 1 as in `atac_stages`, or from the last (`(-2, -1)`; by the model's `feature_info`), a function
-            of name and module, or a sequence of those, of which one has to fit.
+        where: Selects activations by one of these, or a sequence of them, of which one has to fit. (A dict with one of
+            these as 'places', as config.json has it, is the same.)
+
+            * 'paper': as in the paper's ATAC-ResNet-50, the inner activations of the blocks of the last two stages. See
+              docs/any_model.md.
+            * 'all', or None: all activations, also those inside of attention modules.
+            * A pattern of names: `'layer4.*'`. The report has the names.
+            * A stage number from 1 as in `atac_stages`, or from the last: `(-2, -1)`. The report lists the stages.
+            * A type: `nn.GELU`.
+            * A function of name and module.
+            * 'attention': the activations inside of attention modules. In a sequence, 'paper', stages and types then
+              include those inside of attention modules, which they leave out otherwise.
         example_input: The input of the model: a tensor, or a tuple of positional arguments. None is a batch of two
             images of the size for which timm has created the model, or (2, 3, 224, 224).
-        rd_ratio: Width of the units' bottleneck over the channels, None for the units' default (0.5).
+        rd_ratio: Width of the units' bottleneck over the channels, None for the units' default (0.5). A whole number
+            greater than 1 is the number of parameters that the units may add, and 'auto' is a tenth of the parameters
+            of the model. Then the ratio is the largest of 1/2, 1/3, 1/4, ... that keeps within it.
+        dry_run: Change nothing, and return the report.
 
     Returns:
         The model. Its `replaced_activations` is a `Report`, which is also logged, with a warning if a selected
         activation stays or several places share a unit. A timm model can be saved and loaded by timm alone: its
         `pretrained_cfg` names the architecture 'atac_host', which has the arguments of this function, except for
-        `example_input`. An `act` without a name cannot be saved.
+        `example_input` and `dry_run`. An `act` without a name cannot be saved. With `dry_run`, the `Report`.
 
     Raises:
-        ValueError: `where` selects no activation that can be replaced, the model does not run on `example_input`, its
-            weights are offloaded, or `act` is no unit.
+        ValueError: A part of `where` fits no activation, no selected activation can be replaced, the model does not run
+            on `example_input`, its weights are offloaded, `act` is no unit, or `rd_ratio` is too small a number of
+            parameters.
     """
+    return replace_selected(model, act, Selection(where), example_input, rd_ratio, dry_run)
+
+
+def replace_selected(
+    model: nn.Module, act: LayerType, selection: Selection, example_input: Any, rd_ratio: Any, dry_run: bool = False
+) -> Any:
+    """Do what `replace_activations` does, for a `where` that is already checked."""
     if isinstance(inside := getattr(model, '_orig_mod', None), nn.Module):  # of torch.compile
-        replace_activations(inside, act, where=where, example_input=example_input, rd_ratio=rd_ratio)
-        return model
-    selection = Selection(where)
+        result = replace_selected(inside, act, selection, example_input, rd_ratio, dry_run)
+        return result if dry_run else model
     _check_act(act)
     inputs = example_inputs(model, example_input)
     activations = {m for m in model.modules() if is_activation(m) or isinstance(m, selection.types)}
     before = trace(model, inputs, activations)
-    selection.locate_stages(model, before)
-    edits = Edits(model, activations, before, selection, act, rd_ratio)
-    if not edits.replaced:
-        kept = ''.join(f' {name} stays: {reason}.' for name, reason in edits.kept[:10])
-        names = edits.activation_names
+    placement = Placement(before)
+    places, stages = find_places(model, activations, before), find_stages(model, before, placement, selection.saved)
+    selected = selection.choose(model, places, placement, stages)
+    left = [(place.name, place.reason) for place in selected if place.reason is not None]
+    chosen = [place for place in selected if place.reason is None]
+    left_out = selection.not_chosen(model, places, placement, stages)
+    if not chosen:
+        kept = ''.join(f' {name} stays: {reason}.' for name, reason in left[:10])
         raise ValueError(
-            f'where={where!r} fits no activation of {type(model).__name__} that can be replaced.{kept} '
-            f'There {"is" if len(names) == 1 else "are"} {counted(len(names), "activation module")}'
-            f'{": " if names else ""}{", ".join(shortened(names, 10))}.'
+            f'where={selection.where!r} fits no activation of {type(model).__name__} that can be replaced.{kept}'
         )
+    how = ''
+    if is_budget(rd_ratio):
+        rd_ratio, how = choose_rd_ratio(model, chosen, act, rd_ratio)
+    elif isinstance(rd_ratio, str):
+        raise ValueError(f"rd_ratio={rd_ratio!r}: expected a ratio in (0, 1], a number of parameters, or 'auto'.")
+
     name = _act_name(act)
     model_args = None
-    with edits.applied():
-        _check(model, inputs, edits, before)
+    parameters = sum(p.numel() for p in model.parameters())
+    with torch.random.fork_rng([], enabled=dry_run):
+        device = torch.device('meta') if dry_run and before.on_meta else None
+        edits = Edits(model, chosen, places, act, rd_ratio, device)
+    with edits.applied(keep=not dry_run):
+        after = _check(model, inputs, edits, before)
+        total = sum(p.numel() for p in model.parameters())
         cfg = getattr(model, 'pretrained_cfg', None)
-        if isinstance(cfg, dict) and cfg.get('architecture'):
-            model_args = _timm.record(model, 'atac_host', act=name or act, where=edits.where, rd_ratio=rd_ratio)
-    report = Report(name or repr(act), tuple(edits.replaced.values()), tuple(edits.kept), model_args)
+        if isinstance(cfg, dict) and cfg.get('architecture') and not dry_run:
+            where = selection.serializable(chosen)
+            model_args = _timm.record(model, 'atac_host', act=name or act, where=where, rd_ratio=rd_ratio)
+    report = Report(
+        name or repr(act),
+        _rows(edits, after, _batch_size(inputs)),
+        tuple(left),
+        model_args,
+        rd_ratio,
+        how,
+        (parameters, total),
+        (_flops(before, model) / 2e9 / _batch_size(inputs), _flops(after, model) / 2e9 / _batch_size(inputs)),
+        tuple(stage_lines(stages)),
+        tuple((reason, tuple(names)) for reason, names in left_out.items()),
+    )
+    if dry_run:
+        return report
     model.replaced_activations = report  # type: ignore[assignment]
     _logger.info('%s: %s', type(model).__name__, report)
     if report.caveats():
@@ -138,7 +167,25 @@ def replace_activations(
     return model
 
 
-def _check(model: nn.Module, inputs: tuple, edits: Edits, before: Trace) -> None:
+def _rows(edits: Edits, after: Trace, batch_size: int) -> tuple[Replaced, ...]:
+    rows = []
+    for unit, place in sorted(edits.units.items(), key=lambda item: item[1].sort_key):
+        gmacs = _flops(after, unit) / 2e9 / batch_size
+        count = sum(p.numel() for p in unit.parameters())
+        rows.append(Replaced(place.name, describe(place.activation), *place.width, len(place.calls), count, gmacs))
+    return tuple(rows)
+
+
+def _flops(run: Trace, module: nn.Module) -> int:
+    return sum(invocation.flops for invocation in run.invocations if invocation.module is module)
+
+
+def _batch_size(inputs: tuple) -> int:
+    tensors = [t for t in tree_leaves(inputs) if isinstance(t, torch.Tensor) and t.ndim > 0]
+    return max(1, tensors[0].shape[0]) if tensors else 1
+
+
+def _check(model: nn.Module, inputs: tuple, edits: Edits, before: Trace) -> Trace:
     """Run the changed model.
 
     Raises:
@@ -146,20 +193,21 @@ def _check(model: nn.Module, inputs: tuple, edits: Edits, before: Trace) -> None
     """
     remedy = 'Nothing is changed. Leave that activation out by `where`.'
     try:
-        after = trace(model, inputs, set(edits.replaced))
+        after = trace(model, inputs, set(edits.units))
     except ForwardError as error:
         raise ValueError(
-            f'{type(model).__name__} does not run with {len(edits.replaced)} of its activations replaced: '
+            f'{type(model).__name__} does not run with {len(edits.units)} of its activations replaced: '
             f'{type(error.__cause__).__name__}: {str(error.__cause__).rstrip(". ")}. {remedy}'
         ) from error
     called = {call.activation for _, call in after.calls()}
-    unused = [replaced.name for unit, replaced in edits.replaced.items() if unit not in called]
+    unused = [place.name for unit, place in edits.units.items() if unit not in called]
     if unused:
         raise ValueError(f'{type(model).__name__} would not call its new units {", ".join(unused[:10])}. {remedy}')
     shapes = [[t.shape for t in tree_leaves(run.output) if isinstance(t, torch.Tensor)] for run in (before, after)]
     # with values, shapes may depend on them: the number of boxes for example
     if before.on_meta and after.on_meta and shapes[0] != shapes[1]:
         raise ValueError(f'{type(model).__name__} would return {shapes[1]}, not {shapes[0]}. {remedy}')
+    return after
 
 
 def _check_act(act: LayerType) -> None:

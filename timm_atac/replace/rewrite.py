@@ -7,7 +7,7 @@ import itertools
 import linecache
 import random
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from types import ModuleType
@@ -20,7 +20,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from .trace import FUNCTIONS, Invocation
 
-__all__ = ['NotReplaceable', 'Site', 'find_sites', 'result_is_discarded', 'rewrite']
+__all__ = ['NotReplaceable', 'Site', 'find_sites', 'free_name', 'numbered', 'result_is_discarded', 'rewrite']
 
 
 class NotReplaceable(Exception):
@@ -136,25 +136,31 @@ def rewrite(
     module: nn.Module,
     graph: fx.Graph,
     sites: Sequence[Site],
+    names: Sequence[str],
     units: Sequence[nn.Module | None],
     constants: frozenset[str],
 ) -> tuple[type[nn.Module], dict[str, nn.Module]]:
     """Return the class and the new children that give `module` a unit of its own at each site.
 
+    An activation that stays at one site, and whose name the unit of another site gets, becomes a child of the name of
+    its own site.
+
     Args:
         module: Not changed. The caller of this function sets its `__class__` and its children.
         graph: The graph of its forward. It is changed.
         sites: The nodes that call activations.
+        names: The name of the child for each site, by `free_name`.
         units: The unit for each site, None where the activation stays.
         constants: Attributes whose values are constants of the graph. Setting another value becomes an error.
     """
-    taken = {site.name for site, unit in zip(sites, units, strict=True) if unit is None}
-    children: dict[str, nn.Module] = {}
-    for site, unit in zip(sites, units, strict=True):
+    children = {name: unit for name, unit in zip(names, units, strict=True) if unit is not None}
+    replaced = set(children)
+    for site, name, unit in zip(sites, names, units, strict=True):
         if unit is None:
+            if site.name in replaced and isinstance(site.activation, nn.Module):
+                site.node.target = name
+                children[name] = site.activation
             continue
-        name = _free_name(module, site, {*taken, *children})
-        children[name] = unit
         (argument, *_) = (*site.node.args, *site.node.kwargs.values())
         with graph.inserting_before(site.node):
             call = graph.create_node('call_module', name, (argument,))
@@ -166,12 +172,16 @@ def rewrite(
     return _with_forward(type(module), code.src, modules, others, constants), children
 
 
-def _free_name(module: nn.Module, site: Site, taken: set[str]) -> str:
-    """Return the name of the activation for its unit if that is free, else the name with a number."""
+def free_name(module: nn.Module, site: Site, taken: Sequence[str]) -> str:
+    """Return the name of the activation for the child of a site if that is free, else the name with a number."""
     base = site.name.replace('.', '_')
     is_own_child = site.node.op == 'call_module' and base == site.name  # the unit takes the place of the activation
-    candidates = itertools.chain([base], (f'{base}_{i}' for i in itertools.count(1)))
-    return next(name for name in candidates if name not in taken and (is_own_child or not hasattr(module, name)))
+    return next(name for name in numbered(base) if name not in taken and (is_own_child or not hasattr(module, name)))
+
+
+def numbered(name: str) -> Iterator[str]:
+    """Yield the name, then the name with the numbers 1, 2, 3, ..."""
+    return itertools.chain([name], (f'{name}_{i}' for i in itertools.count(1)))
 
 
 def _with_forward(

@@ -9,8 +9,12 @@ from typing import Any
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_leaves
 
+from ..utils.flops import FlopCounter
 from ..utils.forward_pass import ForwardObserver, observe_forward
+from .flow import Flow, Node
 
 __all__ = ['ACTIVATION_TYPES', 'FUNCTIONS', 'Call', 'Invocation', 'Trace', 'is_activation', 'trace']
 
@@ -56,6 +60,8 @@ class Call:
     channel_dim: int | None  # 1 or the last dimension of the input, None if it is unknown
     layer: nn.Module | None  # the convolution, linear or normalisation layer that ran last before the call
     step: int  # its time in the forward pass
+    source: Node | None = None  # the operation that made the input, None if it does not depend on the model's input
+    node: Node | None = None  # the call itself
 
     @property
     def width(self) -> tuple[int, str] | None:
@@ -77,6 +83,8 @@ class Invocation:
     start: int
     end: int = sys.maxsize
     calls: list[Call] = field(default_factory=list)
+    output: Node | None = None  # the operation that made the first tensor of the output
+    flops: int = 0  # of convolutions and matrix products, two for each multiply-add
 
 
 @dataclass
@@ -86,6 +94,7 @@ class Trace:
     invocations: list[Invocation]
     output: Any
     on_meta: bool
+    flow: Flow = field(default_factory=Flow)
 
     def calls(self) -> Iterator[tuple[Invocation, Call]]:
         """All calls of activations, each with the invocation that it is part of."""
@@ -108,8 +117,22 @@ def trace(model: nn.Module, inputs: tuple, activations: set[nn.Module]) -> Trace
     Raises:
         ForwardError: The model raises an exception on its own device.
     """
-    observer, output, on_meta = observe_forward(model, inputs, lambda original_of: _Tracer(activations, original_of))
-    return Trace(observer.invocations, output, on_meta)
+    # PyTorch has no formula for the attention kernels of CPUs
+    with sdpa_kernel(SDPBackend.MATH), FlopCounter() as counter:
+        observer, output, on_meta = observe_forward(
+            model, inputs, lambda original_of: _Tracer(activations, original_of, counter)
+        )
+    _unmark(model, inputs)
+    return Trace(observer.invocations, output, on_meta, observer.flow)
+
+
+def _unmark(model: nn.Module, inputs: tuple) -> None:
+    """Delete the marks on tensors that outlive the forward pass. Functions that work in place return such tensors."""
+    own = (value for module in model.modules() for value in (*module._buffers.values(), *vars(module).values()))
+    for tensor in (*tree_leaves(inputs), *model.parameters(), *own):
+        if isinstance(tensor, torch.Tensor):
+            for name in ('_timm_atac_node', '_timm_atac_call', '_timm_atac_dim'):
+                vars(tensor).pop(name, None)
 
 
 class _Tracer(ForwardObserver):
@@ -118,30 +141,44 @@ class _Tracer(ForwardObserver):
     A tensor has the dimension as `_timm_atac_dim`, and the call of an activation that made it as `_timm_atac_call`.
     """
 
-    def __init__(self, activations: set[nn.Module], original_of: Mapping[nn.Module, nn.Module]) -> None:
+    def __init__(
+        self, activations: set[nn.Module], original_of: Mapping[nn.Module, nn.Module], counter: FlopCounter
+    ) -> None:
         super().__init__()
+        self._counter = counter
         self._activations = activations
         self._original_of = original_of
         self.invocations: list[Invocation] = []
         self._running: list[Invocation] = []
+        self._arguments: list[tuple[tuple, dict[str, Any]]] = []  # of the running modules
         self._last_layer: tuple[nn.Module | None, int | None] = (None, None)  # with the channels of its output
         self._step = 0
+        self.flow = Flow()
 
     def before_module(self, module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> None:
         self._step += 1
         module = self._original_of[module]
+        if not self._running:
+            self.flow.add_inputs((args, dict(kwargs)))
         if module in self._activations and args and isinstance(args[0], torch.Tensor):
             self._record_call(module, args[0])
-        self._running.append(Invocation(module, (len(args), tuple(kwargs)), self._step))
+        self._running.append(Invocation(module, (len(args), tuple(kwargs)), self._step, flops=-self._counter.flops))
+        self._arguments.append((args, dict(kwargs)))
         self.invocations.append(self._running[-1])
 
     def after_module(self, module: nn.Module, output: Any) -> None:
         self._step += 1
-        invocation = self._running.pop()
+        invocation, arguments = self._running.pop(), self._arguments.pop()
         invocation.end = self._step
-        calls = self._running[-1].calls if self._running else []
-        if calls and calls[-1].activation is invocation.module and isinstance(output, torch.Tensor):
-            output._timm_atac_call = calls[-1]  # type: ignore[attr-defined]
+        invocation.flops += self._counter.flops
+        caller = self._running[-1] if self._running else None
+        call = caller.calls[-1] if caller is not None and caller.calls else None
+        if call is not None and call.activation is invocation.module and isinstance(output, torch.Tensor):
+            output._timm_atac_call = call  # type: ignore[attr-defined]
+            call.node = self.flow.add_activation(call.source, output, self._step, caller)
+        else:
+            self.flow.connect(arguments, output, self._step, invocation)
+        invocation.output = next((self.flow.node_of(t) for t in tree_leaves(output)), None)
 
     def after_function(self, function: Callable, args: tuple, kwargs: Mapping[str, Any], output: Any) -> None:
         name = getattr(function, '__name__', '')
@@ -151,10 +188,19 @@ class _Tracer(ForwardObserver):
         outputs = [
             t for t in (output if isinstance(output, (tuple, list)) else [output]) if isinstance(t, torch.Tensor)
         ]
+        self._follow_layout(name, module, args, kwargs, outputs)
         if function in FUNCTIONS and module not in self._activations and args and isinstance(args[0], torch.Tensor):
             call = self._record_call(FUNCTIONS[function], args[0])
             if call is not None and outputs:
                 outputs[0]._timm_atac_call = call  # type: ignore[attr-defined]
+                call.node = self.flow.add_activation(call.source, outputs[0], self._step, self._running[-1])
+                return
+        self.flow.add_function(function, args, kwargs, output, self._step, self._running[-1] if self._running else None)
+
+    def _follow_layout(
+        self, name: str, module: nn.Module | None, args: tuple, kwargs: Mapping[str, Any], outputs: list[torch.Tensor]
+    ) -> None:
+        """Set the channel dimension of the outputs of a function, and of an input if it was unknown until now."""
         if not _has_known_layout(name, args):
             for t in outputs:
                 _propagate(name, args, kwargs, t)
@@ -174,7 +220,8 @@ class _Tracer(ForwardObserver):
         if not self._running:
             return None
         layer, channels = self._last_layer
-        call = Call(activation, tuple(x.shape), _channel_dim(x, channels), layer, self._step)
+        dim = _channel_dim(x, channels)
+        call = Call(activation, tuple(x.shape), dim, layer, self._step, self.flow.node_of(x))
         self._running[-1].calls.append(call)
         return call
 

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from typing import Any
 
-__all__ = ['counted', 'did_you_mean', 'one_line', 'shortened']
+__all__ = ['close_names', 'counted', 'did_you_mean', 'one_line', 'shortened']
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
@@ -15,6 +15,11 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     by_lower = {text.lower(): text for text in known}
     found = get_close_matches(name.lower(), by_lower, n=1)
     return f'did you mean {by_lower[found[0]]!r}?' if found else ''
+
+
+def close_names(name: str, known: Iterable[str], count: int = 3) -> list[str]:
+    """Return the known names that are most similar to a misspelt one, the best first."""
+    return get_close_matches(name, list(known), n=count, cutoff=0.5)
 
 
 def counted(count: int, noun: str) -> str:
