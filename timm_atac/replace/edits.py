@@ -11,6 +11,7 @@ import torch.nn as nn
 from timm.layers import LayerType
 
 from ..units.create import create_activation
+from ..units.deferred import ChannelModule
 from ..utils.forward_pass import floating_point_tensors
 from .places import Place, Rewritable, SharedModule
 from .rewrite import rewrite
