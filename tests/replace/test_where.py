@@ -163,6 +163,17 @@ def test_stages_of_efficientnet() -> None:
     assert len(names(report(model, [-1, 'attention'], None))) == len(names(found)) + 5
 
 
+@pytest.mark.slow
+def test_saved_stages_are_counted_as_they_were() -> None:
+    """The last stage of a ByobNet ends with a module that has no children. Version 0.1 did not count it."""
+    model = timm.create_model('test_byobnet', device='meta')
+    saved = replace_selected(model, 'atac', Selection(-1, saved=True), None, None, dry_run=True)
+    assert names(saved) == ['stages.2.0.conv1_kxk.bn.act', 'stages.2.0.attn_last.act', 'stages.2.0.act']
+    now = report(model, -1, None)
+    assert all(name.startswith('stages.3.0.') for name in names(now))
+    assert now.stages[-1] == '5 (stages.3)'
+
+
 def test_saved_arguments_mean_what_they_meant() -> None:
     def old(where: Any) -> list[str]:
         return names(replace_selected(Shared(), 'atac', Selection(where, saved=True), X, None, dry_run=True))
