@@ -1,4 +1,7 @@
-"""What docs/deploy.md says of each route and each kind of network."""
+"""What docs/deploy.md says of each route and each kind of network.
+
+A few networks run by default. `TIMM_ATAC_ALL_ROUTES=1` runs all of them, for about six minutes more.
+"""
 
 import os
 from typing import Any
@@ -12,11 +15,17 @@ from packaging.version import Version
 from timm_atac import fuse
 
 LIMIT = 5e-5
+ALL_ROUTES = bool(os.environ.get('TIMM_ATAC_ALL_ROUTES'))
+SOME = tuple(NETWORKS) if ALL_ROUTES else ('atac_resnet8_cifar', 'se_act', 'xunit', 'fa_resnet50', 'by name')
+FEW = tuple(NETWORKS) if ALL_ROUTES else ('atac_resnet8_cifar', 'fa_resnet50')  # for slow exporters
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings('ignore')]  # warnings of the exporters
 
 
-@pytest.mark.parametrize('dynamo', [True, False], ids=['new exporter', 'old exporter'])
-@pytest.mark.parametrize('name', NETWORKS)
+@pytest.mark.parametrize(
+    'name, dynamo',
+    [*((name, True) for name in FEW), *((name, False) for name in SOME)],
+    ids=lambda value: value if isinstance(value, str) else 'new exporter' if value else 'old exporter',
+)
 def test_onnx(name, dynamo, tmp_path) -> None:
     """A file that was exported with a batch of four runs another batch."""
     onnxruntime = pytest.importorskip('onnxruntime')
@@ -36,7 +45,7 @@ def test_onnx(name, dynamo, tmp_path) -> None:
         assert difference(y, model(x)) < LIMIT
 
 
-@pytest.mark.parametrize('name', NETWORKS)
+@pytest.mark.parametrize('name', SOME)
 def test_openvino(name) -> None:
     openvino = pytest.importorskip('openvino')
     model, images = network(name)
@@ -45,7 +54,7 @@ def test_openvino(name) -> None:
     assert difference(compiled(images.numpy())[0], model(images)) < LIMIT
 
 
-@pytest.mark.parametrize('name', NETWORKS)
+@pytest.mark.parametrize('name', SOME)
 def test_frozen_torchscript(name, tmp_path) -> None:
     model, images = network(name)
     torch.jit.freeze(torch.jit.trace(model, images)).save(str(tmp_path / 'model.pt'))
@@ -66,19 +75,19 @@ for path in Path(os.environ['FOLDER']).glob('*.model'):
 def test_whole_models_in_another_process(tmp_path, python) -> None:
     """Models that `torch.save` wrote load in a process that imports only PyTorch."""
     expected = {}
-    for name in NETWORKS:
+    for name in SOME:
         model, images = network(name)
         for kind, saved in (('plain', model), ('fused', fuse(model, example_input=images))):
             torch.save(saved, tmp_path / f'{name} {kind}.model')
             torch.save(images, tmp_path / f'{name} {kind}.images')
             expected[f'{name} {kind}'] = model(images)
     python(LOAD, FOLDER=str(tmp_path))
-    assert len(expected) == 2 * len(NETWORKS)
+    assert len(expected) == 2 * len(SOME)
     for name, y in expected.items():
         assert difference(torch.load(tmp_path / f'{name}.y'), y) < LIMIT, name
 
 
-@pytest.mark.parametrize('name', ['atac_resnet8_cifar', 'resnet18'])
+@pytest.mark.parametrize('name', ['atac_resnet8_cifar', 'resnet18'] if ALL_ROUTES else ['atac_resnet8_cifar'])
 def test_aot_inductor_does_not_check_the_memory_layout(name, tmp_path) -> None:
     """If this fails because the outputs agree, PyTorch was mended: remove the warning from docs/deploy.md."""
     model = timm.create_model(name, num_classes=10).eval()
