@@ -93,15 +93,18 @@ def test_block(block, tmp_path, monkeypatch) -> None:
 
 
 def test_links() -> None:
-    """Each link within the page has a heading, and each file that it names exists."""
-    text = PAGE.read_text()
-    headings = re.findall(r'^#+ (.+)', text, re.MULTILINE)
-    anchors = {re.sub(r'[^a-z0-9 _-]', '', heading.lower()).replace(' ', '-') for heading in headings}
-    for target in re.findall(r'\]\(([^)]+)\)', text):
-        if target.startswith('#'):
-            assert target[1:] in anchors, target
-        elif not target.startswith('https:'):
-            assert (PAGE.parent / target).exists(), target
+    """Each file that the page names exists, and has the heading that the link names."""
+    for target in re.findall(r'\]\(([^)]+)\)', PAGE.read_text()):
+        file, _, anchor = target.partition('#')
+        path = PAGE.parent / file if file else PAGE
+        if not target.startswith('https:'):
+            assert path.exists(), target
+            assert not anchor or anchor in anchors(path), target
+
+
+def anchors(path: Path) -> set[str]:
+    headings = re.findall(r'^#+ (.+)', path.read_text(), re.MULTILINE)
+    return {re.sub(r'[^a-z0-9 _-]', '', heading.lower()).replace(' ', '-') for heading in headings}
 
 
 def test_table_of_times() -> None:
