@@ -17,7 +17,7 @@ from timm_atac import fuse
 LIMIT = 5e-5
 ALL_ROUTES = bool(os.environ.get('TIMM_ATAC_ALL_ROUTES'))
 SOME = tuple(NETWORKS) if ALL_ROUTES else ('atac_resnet8_cifar', 'se_act', 'xunit', 'fa_resnet50', 'by name')
-FEW = tuple(NETWORKS) if ALL_ROUTES else ('atac_resnet8_cifar', 'fa_resnet50')  # for slow exporters
+FEW = tuple(NETWORKS) if ALL_ROUTES else ('atac_resnet8_cifar', 'xunit')  # for slow exporters
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings('ignore')]  # warnings of the exporters
 
 

@@ -271,7 +271,7 @@ model = timm_atac.fuse(timm.create_model('atac_resnet8_cifar'), example_input=to
 model(torch.zeros(2, 3, 32, 32))
 timm_atac.ATACMe(14)(torch.zeros(2, 14, 32, 32)).sum().backward()
 loaded = {name for name in sys.modules if name.startswith('timm_atac.kernels.')}
-assert loaded == {'timm_atac.kernels.gate', 'timm_atac.kernels.switch'}, loaded
+assert loaded == {f'timm_atac.kernels.{name}' for name in ('gate', 'linear', 'switch')}, loaded
 """
     python(code, TIMM_ATAC_KERNELS='1')
 

@@ -29,16 +29,7 @@ timm.create_model('test_resnet')
 print('timm alone')
 """
 # modules that somebody may import first: light ones, and some of those whose packages import timm
-FIRST = (
-    '_register',
-    'cli',
-    'hub.push',
-    'models.atac_resnet',
-    'units.deferred',
-    'utils.forward_pass',
-    'weights.params',
-    'weights.pretrained',
-)
+FIRST = ('_register', 'cli', 'units.deferred', 'weights.pretrained')
 IMPORT_ORDERS = [
     'import torch',
     'import timm',

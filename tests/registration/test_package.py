@@ -56,7 +56,7 @@ def test_wheel(dist, tmp_path) -> None:
     package = {
         str(path.relative_to(ROOT))
         for path in (ROOT / 'timm_atac').rglob('*')
-        if path.suffix in ('.py', '.typed', '.jinja')
+        if path.suffix in ('.py', '.typed', '.jinja', '.safetensors')
     }
     hub_configs = (ROOT / 'hub_configs').rglob('*.*')
     package |= {f'timm_atac/{path.relative_to(ROOT)}' for path in hub_configs if path.is_file()}

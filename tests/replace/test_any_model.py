@@ -4,10 +4,13 @@ import any_model
 import pytest
 
 PAGE = any_model.PAGE.read_text()
+QUICK = ('resnet50', 'regnety_008', 'efficientnet_b0', 'vit_small_patch16_224', 'vgg16', "torchvision's `resnet50`")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('name', any_model.MODELS)
+@pytest.mark.parametrize(
+    'name', [pytest.param(name, marks=[] if name in QUICK else pytest.mark.all_hosts) for name in any_model.MODELS]
+)
 def test_row(name) -> None:
     if name.startswith('transformers'):
         pytest.importorskip('transformers')

@@ -13,7 +13,7 @@ import torch.nn as nn
 from packaging.version import Version
 
 FEW = 2  # modules with at most 2 models: the smallest is determined in every run
-SMALL = 2.0  # models with at most 2 million parameters are tested in every run, all others with --all-hosts
+SMALL = 1.5  # models with at most 1.5 million parameters are tested in every run, all others with --all-hosts
 QUICK = {'By `act_layer`': SMALL, 'By `replace_activations`': 1.0}  # the same, with -m 'not slow'
 WAYS = {'By `act_layer`': host_coverage.by_act_layer, 'By `replace_activations`': host_coverage.by_replacing}
 PAGE = host_coverage.PAGE.read_text()
