@@ -57,7 +57,7 @@ class AtacResNet(OpenAtacWeights, ResNet):
     timm's ResNets apply these ReLUs and add shortcuts in place. PyTorch forbids both beside full backward hooks, as
     Opacus and Captum register them on all modules. For such hooks, set `inplace = False` on each module that has it and
     `drop_path = torch.clone` on each `BasicBlock` and `Bottleneck` of a network without stochastic depth. The CIFAR
-    networks need no change.
+    networks need no change, unless they have an attention module of timm: set its `inplace = False`.
 
     Args:
         block: timm's `BasicBlock` or `Bottleneck`.
