@@ -30,8 +30,8 @@ def register() -> None:
     from timm.models import is_model, model_entrypoint, register_model
 
     from . import _timm
-    from .units.atac import ACTIVATIONS as activations
-    from .units.memory_efficient import ACTIVATIONS_ME as activations_me
+    from .units.names import ACTIVATIONS as activations
+    from .units.names import ACTIVATIONS_ME as activations_me
     from .weights import checkpoints
 
     gains = {'atac': GATED, 'se_act': GATED, 'nin': 1.0, 'xunit': GAUSSIAN}  # NiN ends with a BN
@@ -52,12 +52,14 @@ def register() -> None:
             _timm.remove_model(name)
             register_model(entry_function)
     for name, layer in activations.items():
-        _timm.add_act(name, layer, activations_me.get(name), gains[name])
+        gain = next(gain for unit, gain in gains.items() if name == unit or name.startswith(f'{unit}_'))
+        _timm.add_act(name, layer, activations_me.get(name), gain)
     _timm.add_checkpoint_format(checkpoints.reads_checkpoint, checkpoints.load_checkpoint)
 
 
 def _path(obj: Any) -> tuple[str, str]:
     """Where a class or function is defined. It stays the same when the module is imported again."""
+    obj = getattr(obj, 'func', obj)  # of a partial
     return (getattr(obj, '__module__', ''), getattr(obj, '__qualname__', ''))
 
 

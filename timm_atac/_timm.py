@@ -26,12 +26,12 @@ def acts(name: str) -> set[type[nn.Module]]:
     return {by_name[name] for by_name in (_ACT_LAYERS_ME, _ACT_LAYERS) if name in by_name}
 
 
-def add_act(name: str, layer: type[nn.Module], layer_me: type[nn.Module] | None, gain: float) -> None:
+def add_act(name: str, layer: Any, layer_me: type[nn.Module] | None, gain: float) -> None:
     """Add an activation to timm's tables.
 
     Args:
         name: Name for `get_act_layer`, `create_act_layer` and the NFNets.
-        layer: Class of the activation.
+        layer: Class of the activation, or a `partial` of it.
         layer_me: Its memory-efficient form, None if it has none. timm prefers it, except in models for export or
             scripting.
         gain: 1 / standard deviation of the output for a standard normal input. An NFNet scales its weights by it.
@@ -39,7 +39,7 @@ def add_act(name: str, layer: type[nn.Module], layer_me: type[nn.Module] | None,
 
     def refuse(x: Any, inplace: bool = False) -> NoReturn:
         raise ValueError(
-            f'act_layer={name!r}: this model calls its activation as a function, and {layer.__name__} is a layer with '
+            f'act_layer={name!r}: this model calls its activation as a function, and {name!r} is a layer with '
             f'parameters. Build the model without it and call timm_atac.replace_activations(model, {name!r}).'
         )
 

@@ -33,7 +33,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="width of the units' bottleneck over the channels (default: 0.5), a number of parameters that the units "
         "may add, or 'auto' for a tenth of the parameters of the model",
     )
-    parser.add_argument('--act', default='atac', help="'atac', 'se_act', 'nin' or 'xunit' (default: atac)")
+    parser.add_argument(
+        '--act',
+        default='atac',
+        help="'atac', 'se_act', 'nin' or 'xunit', or one of these with a norm: 'atac_layernorm2d' (default: atac)",
+    )
     parser.add_argument('--model-kwargs', nargs='+', default=[], metavar='KEY=VALUE', help=MODEL_KWARGS_HELP)
 
 

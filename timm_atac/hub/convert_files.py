@@ -16,7 +16,7 @@ from timm.layers import get_act_layer
 from timm.models import get_arch_pretrained_cfgs, is_model, model_entrypoint
 
 from .._files import check_free
-from ..units.atac import ACTIVATIONS
+from ..units.names import ACTIVATIONS
 from ..utils.words import counted, did_you_mean, one_line
 from ..weights.convert import ConversionError, array_shapes, to_arrays, to_state_dict
 from ..weights.folder import load_folder

@@ -1,22 +1,24 @@
 """Replaces the activations of a finished model by ATAC or another unit, for any model."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from inspect import signature
 from typing import Any, Literal, overload
 
 import torch
 import torch.nn as nn
 from timm.layers import LayerType, get_act_layer
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 
 from .. import _timm
-from ..units.atac import ACTIVATIONS
-from ..units.memory_efficient import ACTIVATIONS_ME
+from ..units.infer_width import is_norm
+from ..units.names import ACTIVATIONS, describe_names, name_of
 from ..utils.forward_pass import ForwardError, example_inputs
 from ..utils.words import counted, did_you_mean
 from .budget import choose_rd_ratio, is_budget
 from .edits import Edits
+from .imitation import start_units
 from .placement import Placement
 from .places import describe, find_places
 from .report import Replaced, Report
@@ -37,6 +39,7 @@ def replace_activations(
     where: Where | Sequence[Where] | Mapping[str, Any] | None = None,
     example_input: Any = None,
     rd_ratio: float | str | None = None,
+    imitate: bool = True,
     dry_run: Literal[False] = False,
 ) -> nn.Module: ...
 @overload
@@ -47,6 +50,7 @@ def replace_activations(
     where: Where | Sequence[Where] | Mapping[str, Any] | None = None,
     example_input: Any = None,
     rd_ratio: float | str | None = None,
+    imitate: bool = True,
     dry_run: Literal[True],
 ) -> Report: ...
 def replace_activations(
@@ -56,6 +60,7 @@ def replace_activations(
     where: Where | Sequence[Where] | Mapping[str, Any] | None = None,
     example_input: Any = None,
     rd_ratio: float | str | None = None,
+    imitate: bool = True,
     dry_run: bool = False,
 ) -> nn.Module | Report:
     """Replace the activations of a model by units. Its weights and everything else stay as they are.
@@ -71,6 +76,8 @@ def replace_activations(
         model: Any model. All of it is changed in place, or, after an error, nothing. Of a model of `torch.compile`, the
             model inside is changed. The next forward pass compiles it again.
         act: 'atac', 'se_act', 'nin', 'xunit', a class or `partial` whose constructor takes `channels` and `input_fmt`.
+            These names stand for units with BatchNorm. 'atac_layernorm2d' and 'atac_groupnorm1' have norms that do not
+            mix images. So do the other names with these endings.
         where: Selects activations by one of these, or a sequence of them, of which one has to fit. (A dict with one of
             these as 'places', as config.json has it, is the same.)
 
@@ -88,28 +95,37 @@ def replace_activations(
         rd_ratio: Width of the units' bottleneck over the channels, None for the units' default (0.5). A whole number
             greater than 1 is the number of parameters that the units may add, and 'auto' is a tenth of the parameters
             of the model. Then the ratio is the largest of 1/2, 1/3, 1/4, ... that keeps within it.
+        imitate: Let ATAC units that follow a trained BatchNorm start close to the activations that they replace. False
+            starts all units from random weights, as those of an untrained model do.
         dry_run: Change nothing, and return the report.
 
     Returns:
         The model. Its `replaced_activations` is a `Report`, which is also logged, with a warning if a selected
-        activation stays or several places share a unit. A timm model can be saved and loaded by timm alone: its
-        `pretrained_cfg` names the architecture 'atac_host', which has the arguments of this function, except for
-        `example_input` and `dry_run`. An `act` without a name cannot be saved. With `dry_run`, the `Report`.
+        activation stays, several places share a unit, or the units bring BatchNorm into a model without it. A timm
+        model can be saved and loaded by timm alone: its `pretrained_cfg` names the architecture 'atac_host', which has
+        the arguments of this function, except for `example_input`, `imitate` and `dry_run`. An `act` without a name
+        cannot be saved. With `dry_run`, the `Report`.
 
     Raises:
         ValueError: A part of `where` fits no activation, no selected activation can be replaced, the model does not run
             on `example_input`, its weights are offloaded, `act` is no unit, or `rd_ratio` is too small a number of
             parameters.
     """
-    return replace_selected(model, act, Selection(where), example_input, rd_ratio, dry_run)
+    return replace_selected(model, act, Selection(where), example_input, rd_ratio, imitate, dry_run)
 
 
 def replace_selected(
-    model: nn.Module, act: LayerType, selection: Selection, example_input: Any, rd_ratio: Any, dry_run: bool = False
+    model: nn.Module,
+    act: LayerType,
+    selection: Selection,
+    example_input: Any,
+    rd_ratio: Any,
+    imitate: bool = True,
+    dry_run: bool = False,
 ) -> Any:
     """Do what `replace_activations` does, for a `where` that is already checked."""
     if isinstance(inside := getattr(model, '_orig_mod', None), nn.Module):  # of torch.compile
-        result = replace_selected(inside, act, selection, example_input, rd_ratio, dry_run)
+        result = replace_selected(inside, act, selection, example_input, rd_ratio, imitate, dry_run)
         return result if dry_run else model
     _check_act(act)
     inputs = example_inputs(model, example_input)
@@ -132,7 +148,7 @@ def replace_selected(
     elif isinstance(rd_ratio, str):
         raise ValueError(f"rd_ratio={rd_ratio!r}: expected a ratio in (0, 1], a number of parameters, or 'auto'.")
 
-    name = _act_name(act)
+    name = name_of(act)
     model_args = None
     parameters = sum(p.numel() for p in model.parameters())
     with torch.random.fork_rng([], enabled=dry_run):
@@ -140,6 +156,7 @@ def replace_selected(
         edits = Edits(model, chosen, places, act, rd_ratio, device)
     with edits.applied(keep=not dry_run):
         after = _check(model, inputs, edits, before)
+        start = start_units(model, edits.units, imitate, dry_run)
         total = sum(p.numel() for p in model.parameters())
         cfg = getattr(model, 'pretrained_cfg', None)
         if isinstance(cfg, dict) and cfg.get('architecture') and not dry_run:
@@ -156,6 +173,8 @@ def replace_selected(
         (_flops(before, model) / 2e9 / _batch_size(inputs), _flops(after, model) / 2e9 / _batch_size(inputs)),
         tuple(stage_lines(stages)),
         tuple((reason, tuple(names)) for reason, names in left_out.items()),
+        *_norms(model, edits.units),
+        start,
     )
     if dry_run:
         return report
@@ -174,6 +193,13 @@ def _rows(edits: Edits, after: Trace, batch_size: int) -> tuple[Replaced, ...]:
         count = sum(p.numel() for p in unit.parameters())
         rows.append(Replaced(place.name, describe(place.activation), *place.width, len(place.calls), count, gmacs))
     return tuple(rows)
+
+
+def _norms(model: nn.Module, units: Collection[nn.Module]) -> tuple[tuple[str, ...], bool]:
+    """Return the types of the units' norms, and True if these have BatchNorm and the rest of the model has none."""
+    inside = {norm: type(norm).__name__ for unit in units for norm in unit.modules() if is_norm(norm)}
+    rest = any(isinstance(module, _BatchNorm) for module in model.modules() if module not in inside)
+    return tuple(dict.fromkeys(inside.values())), not rest and any(isinstance(norm, _BatchNorm) for norm in inside)
 
 
 def _flops(run: Trace, module: nn.Module) -> int:
@@ -216,16 +242,9 @@ def _check_act(act: LayerType) -> None:
     except (KeyError, TypeError, ValueError):
         accepted = {}
     if not {'channels', 'input_fmt'} <= set(accepted):
-        hint = did_you_mean(act, (*ACTIVATIONS, *ACTIVATIONS_ME)) if isinstance(act, str) else ''
+        hint = did_you_mean(act, ACTIVATIONS) if isinstance(act, str) else ''
         expected = f'{hint} Expected' if hint else 'expected'
         raise ValueError(
-            f"act={act!r}: {expected} 'atac', 'se_act', 'nin', 'xunit', or a class or partial "
+            f'act={act!r}: {expected} {describe_names()}, or a class or partial '
             f'whose constructor takes `channels` and `input_fmt`, such as partial(timm_atac.ATAC, gate_layer=...).'
         )
-
-
-def _act_name(act: LayerType) -> str | None:
-    """Return the name under which timm knows a unit, or None."""
-    if isinstance(act, str):
-        return act
-    return next((n for table in (ACTIVATIONS, ACTIVATIONS_ME) for n, layer in table.items() if layer is act), None)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..utils.words import counted, shortened
+from .imitation import Start
 
 __all__ = ['Replaced', 'Report']
 
@@ -44,6 +45,9 @@ class Report:
             matrix products and linear layers count.
         stages: A line for each stage: its number and its modules.
         not_chosen: For `where='paper'`, a stage or a type: the names of activations that it leaves out, by the reason.
+        norms: Types of the norms inside of the units.
+        start: How the units start.
+        mixes_images: True if these have BatchNorm and the model had none before.
     """
 
     act: str
@@ -56,6 +60,9 @@ class Report:
     gmacs: tuple[float, float] = (0.0, 0.0)
     stages: tuple[str, ...] = ()
     not_chosen: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    norms: tuple[str, ...] = ()
+    mixes_images: bool = False
+    start: Start = field(default_factory=Start)
 
     def __str__(self) -> str:
         rows = [_HEAD, *(r._cells() for r in self.replaced)]
@@ -78,10 +85,10 @@ class Report:
         )
 
     def caveats(self) -> str:
-        """Return the units that serve several places and the activations that stay, or '' if there are none."""
+        """Return what may surprise, or '': shared units, BatchNorm in a model without it, activations that stay."""
         shared = [r.name for r in self.replaced if r.places > 1]
         lines = [f'  one unit each for several places: {", ".join(shared)}'] if shared else []
-        return '\n'.join([*lines, *self._stays()])
+        return '\n'.join([*lines, *self._mixing(), *self._warning_of_start(), *self._stays()])
 
     def _title(self) -> str:
         return f'{counted(len(self.replaced), "unit")} ({self.act})'
@@ -95,10 +102,35 @@ class Report:
         ]
         if self.chosen:
             lines.append(f'  {self.chosen}')
+        if self.norms and not self.mixes_images:
+            lines.append(f'  norm of the units: {", ".join(self.norms)}')
         if self.stages:
             lines.append(f'  stages: {"; ".join(self.stages)}')
         lines += [f'  not chosen, {reason}: {", ".join(shortened(names, 4))}' for reason, names in self.not_chosen]
-        return [*lines, *self._stays()]
+        return [*lines, *self._mixing(), *self._starting(), *self._warning_of_start(), *self._stays()]
+
+    def _mixing(self) -> list[str]:
+        if not self.mixes_images:
+            return []
+        return [
+            f'  norm of the units: {", ".join(self.norms)}, and the model has no BatchNorm. In training, the output '
+            f"for an image then depends on the other images of the batch. act='atac_layernorm2d' does not mix images"
+        ]
+
+    def _starting(self) -> list[str]:
+        units, imitating, channels, following = self.start[1:]
+        if not imitating:
+            return []
+        which = 'all units start' if imitating == units else f'{imitating} of {units} units start'
+        return [
+            f'  start: {which} close to the activations that they replace, with {following} of {channels} gates that '
+            f'follow the sign of their channel'
+        ]
+
+    def _warning_of_start(self) -> list[str]:
+        if not self.start.is_trained:
+            return []
+        return ['  the model is trained: fine-tune it, or train it again. Until then, its accuracy is lower or lost']
 
     def _stays(self) -> list[str]:
         return [f'  {name} stays: {reason}' for name, reason in self.left]

@@ -23,9 +23,8 @@ import torch.nn as nn
 from timm.layers import LayerType, create_act_layer, get_norm_layer
 
 from .deferred import ChannelModule
-from .xunit import XUnit
 
-__all__ = ['ACTIVATIONS', 'ATAC', 'LocalSE', 'NiN', 'SEActivation']
+__all__ = ['ATAC', 'LocalSE', 'NiN', 'SEActivation']
 
 
 def init_weight_(weight: torch.Tensor) -> None:
@@ -223,7 +222,3 @@ class LocalSE(ATAC):
         Tables 2 and 3 compare LocalSENet with ATAC. The slides show it only as a picture. This implementation is an SE
         block (Hu et al. 2018) with the gate of `ATAC`: no pool, r = 2, BatchNorm, ReLU inside.
     """
-
-
-# the units that replace an activation, by their names for timm's `act_layer`
-ACTIVATIONS: dict[str, type[ChannelModule]] = {'atac': ATAC, 'se_act': SEActivation, 'nin': NiN, 'xunit': XUnit}

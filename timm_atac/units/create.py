@@ -44,7 +44,8 @@ def create_activation(
     except KeyError:
         raise ValueError(
             f"act_layer={act_layer!r}: timm has no activation of that name. Expected 'atac', 'se_act', 'nin', 'xunit', "
-            f"a name such as 'relu' or 'silu', or a class. ('local_se' is an attn_layer.)"
+            f"one of these with a norm such as 'atac_layernorm2d', a name such as 'relu' or 'silu', or a class. "
+            f"('local_se' is an attn_layer.)"
         ) from None
     if layer is None:
         return nn.Identity()

@@ -3,7 +3,8 @@
 timm creates activations with `act_layer(inplace=True)` and does not pass the number of channels. PyTorch calls a
 registration hook whenever a module is put into another one. The hook of this file reads width, layout, device and dtype
 from the neighbouring layers (`infer_width.py`) and creates the layers of the unit. No forward pass is needed, and timm
-is not patched. The hook is installed only while a unit waits. After that, the next registration removes it.
+is not patched. The hook is installed only while a unit waits, or while `host_norm.py` looks for the norm of the model.
+After that, the next registration removes it.
 """
 
 import threading
@@ -19,6 +20,7 @@ from torch.nn.parameter import UninitializedParameter
 from torch.utils.hooks import RemovableHandle
 
 from .batch_norm import BatchNorm
+from .host_norm import host_norm
 from .infer_width import Width, several_widths, width_at
 
 __all__ = ['ChannelModule', 'UnknownWidth']
@@ -217,6 +219,7 @@ def _unknown_width_message(unit: ChannelModule | None) -> str:
 _waiting: 'weakref.WeakKeyDictionary[ChannelModule, list]' = weakref.WeakKeyDictionary()
 _lock = threading.RLock()
 _handle: RemovableHandle | None = None
+_depth = 0  # of the calls of the hook: the layers of a unit are registered inside of one
 
 
 def _wait(unit: ChannelModule) -> None:
@@ -230,13 +233,19 @@ def _wait(unit: ChannelModule) -> None:
 
 def _on_registration(parent: nn.Module, name: str, module: nn.Module | None) -> None:
     """The registration hook. PyTorch calls it just before `module` becomes `parent.name`."""
+    global _depth
     with _lock:
+        _depth += 1
         try:
+            if host_norm.is_watching:
+                host_norm.on_registration(parent, module)
             for unit, places in list(_waiting.items()):
                 if module is not None:
                     _infer_width(unit, places, parent, name, module)
         finally:
-            _remove_hook_if_none_waits()
+            _depth -= 1
+            if not _depth:
+                _remove_hook_if_none_waits()
 
 
 def _infer_width(unit: ChannelModule, places: list, parent: nn.Module, name: str, module: nn.Module) -> None:
@@ -253,6 +262,7 @@ def _infer_width(unit: ChannelModule, places: list, parent: nn.Module, name: str
         width = width_at(parent, inside, following=(name, module)) if inside is not None else None
     if width is not None:
         _materialize(unit, width)
+        host_norm.watch(unit, unit.place, [known() for known, _ in places])
 
 
 def _check_one_width(unit: ChannelModule, parent: nn.Module, name: str) -> None:
@@ -279,7 +289,7 @@ def _materialize(unit: ChannelModule, width: Width) -> None:
 
 def _remove_hook_if_none_waits() -> None:
     global _handle
-    if _waiting or _handle is None:
+    if _waiting or host_norm.is_watching or _handle is None:
         return
     hooks = _handle.hooks_dict_ref()
     # PyTorch is iterating over its hooks now. Only the last one can be removed without an error there

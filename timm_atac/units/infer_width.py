@@ -5,7 +5,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch.nn as nn
 
-__all__ = ['Width', 'several_widths', 'width_at']
+__all__ = ['Width', 'is_norm', 'several_widths', 'width_at']
 
 # Activations whose input does not come from the layer registered before them: the sibling next to the activation, and
 # whether the activation has the width of its input or of its output, or a function that returns the width.
@@ -69,7 +69,7 @@ def width_at(parent: nn.Module, name: str, following: tuple[str, nn.Module] | No
         return width._replace(channels=side(parent)) if width is not None and callable(side) else width
 
     own = _of_layer(parent, 'out')
-    if own is not None and _is_norm(parent):
+    if own is not None and is_norm(parent):
         return Width(*own, name=type(parent).__name__, layer=parent)
     names = list(children)
     index = names.index(name) if name in names else len(names)
@@ -127,7 +127,7 @@ def _of_layer(module: nn.Module, side: str) -> tuple[int, str | None] | None:
         input_fmt = _CONV_FMT.get(len(dims) if isinstance(dims, tuple) else 2, 'NCHW')
     elif hasattr(module, 'out_features'):
         channels, input_fmt = module.out_features if side == 'out' else getattr(module, 'in_features', None), 'NLC'
-    elif _is_norm(module):
+    elif is_norm(module):
         shape = getattr(module, 'normalized_shape', None)
         weight = getattr(module, 'weight', None)
         channels = getattr(module, 'num_features', None) or getattr(module, 'num_channels', None)
@@ -140,7 +140,7 @@ def _of_layer(module: nn.Module, side: str) -> tuple[int, str | None] | None:
     return (channels, input_fmt) if isinstance(channels, int) and channels > 0 else None
 
 
-def _is_norm(module: nn.Module) -> bool:
+def is_norm(module: nn.Module) -> bool:
     """True if the class name is that of a normalisation and `weight` exists, even as None. A NormFreeNet has none."""
     return hasattr(module, 'weight') and any(word in type(module).__name__.lower() for word in ('norm', 'affine'))
 

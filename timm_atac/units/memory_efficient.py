@@ -24,7 +24,7 @@ from . import gated_norm
 from .atac import ATAC
 from .batch_norm import BatchNorm, Statistics
 
-__all__ = ['ACTIVATIONS_ME', 'ATACMe']
+__all__ = ['ATACMe']
 
 _aten = torch.ops.aten
 
@@ -58,10 +58,6 @@ class ATACMe(ATAC):
                 affine = self.bn1.weight, self.bn1.bias, self.bn2.weight, self.bn2.bias
                 return _RecomputedATAC.apply(x, *weights, *affine, *norms, autocast_dtype(x))
         return x * self.gate(self.bottleneck(x))
-
-
-# as `atac.ACTIVATIONS`: timm creates these for their names, except in models that are to be exported or scripted
-ACTIVATIONS_ME: dict[str, type[ATAC]] = {'atac': ATACMe}
 
 
 def _can_recompute(unit: ATACMe, x: torch.Tensor) -> bool:
