@@ -55,7 +55,9 @@ def test_reported_and_the_difference() -> None:
 def test_reported_accuracies() -> None:
     """At every depth they have the order of the authors' figure, and more blocks have a higher accuracy."""
     reported = tables.read_reported()
-    assert len(reported) == 4 * 5 + 4 * 5 + 4 * 3 + 4
+    assert len(reported) == 4 * 5 + 4 * 5 + 4 * 3 + 4 + 4 * 5
+    jpeg = {cell[1:]: accuracy for cell, accuracy in reported.items() if cell[0] == 'cifar10-jpeg'}
+    assert jpeg == {cell[1:]: accuracy for cell, accuracy in reported.items() if cell[0] == 'cifar10'}
     for blocks in (1, 2, 3, 4):
         selu, relu, swish, atac = (
             reported['cifar100_coarse', name, blocks] for name in ('selu', 'relu', 'silu', 'atac')
@@ -71,6 +73,29 @@ def test_difference_uses_the_best_epochs() -> None:
     ]
     text = tables.accuracy_table(tables.group_rows(rows)[0], REPORTED)
     assert '90.00, best 77.00 (76.40, +0.60)' in text
+
+
+def test_paired_differences() -> None:
+    """The interval is that of scipy's paired t-test, of the seeds that both activations have."""
+    from scipy import stats
+
+    ours, theirs = [83.0, 84.5, 83.5, 85.0], [82.0, 84.0, 81.5]
+    rows = [make_row(seed, accuracy) for seed, accuracy in enumerate(ours)]
+    rows += [make_row(seed, accuracy, activation='relu') for seed, accuracy in enumerate(theirs)]
+    rows += [make_row(0, 82.0, activation='nin'), make_row(0, 70.0, activation='relu', act_stages=2)]
+    text = tables.paired_table(tables.group_rows(rows)[0])
+    low, high = stats.ttest_rel(ours[:3], theirs).confidence_interval()
+    _, _, relu, nin = cells(text)
+    assert relu == ['ReLU', f'+1.17 ({low:+.2f} to {high:+.2f}; not significant, 3 seeds)']
+    assert nin == ['NiN', '+1.00 (one seed)']
+    assert low < 0 < high and text in tables.all_tables(rows)
+
+
+def test_significant_differences_and_nothing_to_compare() -> None:
+    assert tables.difference_with_interval([1.0, 1.1, 0.9]) == '+1.00 (+0.75 to +1.25; 3 seeds)'
+    assert tables.difference_with_interval([-2.0, -2.5]).startswith('-2.25 (-5.43 to +0.93; not significant')
+    assert tables.paired_table(tables.group_rows([make_row()])[0]) == ''
+    assert tables.paired_table(tables.group_rows([make_row(activation='relu')])[0]) == ''
 
 
 def test_first_row_of_a_run_is_used(capsys) -> None:
@@ -168,7 +193,7 @@ def test_plot_has_one_line_per_activation_and_the_authors_lines(monkeypatch, tmp
     ]
     figures.plot_blocks('title', rows, tmp_path / 'plot.png', REPORTED)
     axes, legend = drawn
-    assert {text.get_text() for text in legend.get_texts()} == {'ReLU', 'ATAC', 'reported by the authors'}
+    assert {text.get_text() for text in legend.get_texts()} == {'ReLU', 'ATAC', 'pale: reported by the authors'}
     solid = [line for line in axes.lines if line.get_linestyle() == '-']
     (dashed,) = (line for line in axes.lines if line.get_linestyle() == '--' and len(line.get_xdata()))
     assert [list(line.get_xdata()) for line in solid[:2]] == [[1, 2]] * 2

@@ -1,10 +1,10 @@
 """Units that start as the activations that they replace, as far as their bottlenecks allow.
 
 A new unit of random weights multiplies its input by gates around one half. A trained network then computes something
-else, and its accuracy is gone. ATAC can do better. One channel of the bottleneck can tell where one channel x of the map
-is large: `x * sigmoid(slope * relu(x / s + shift) - offset)` is close to ReLU, SiLU or GELU for the right numbers. With
-r = 2 there is one such channel for half of the channels of the map. The others start with the constant gate that is best
-for them.
+else, and its accuracy is gone. ATAC can do better. One channel of the bottleneck can tell where one channel x of the
+map is large: `x * sigmoid(slope * relu(x / s + shift) - offset)` is close to ReLU, SiLU or GELU for the right numbers.
+With r = 2 there is one such channel for half of the channels of the map. The others start with the constant gate that
+is best for them.
 
 "Best" is the least mean squared error, which needs to know the values that the activation gets. After a BatchNorm with
 weight w and bias b, a channel has mean b and standard deviation |w|. It is taken to be normally distributed.

@@ -36,7 +36,7 @@ def plot_blocks(title: str, rows: list[Row], path: Path, reported: dict[tuple[st
             if theirs[name]:
                 axes.plot(*zip(*theirs[name], strict=True), '--', marker=_marker(i), color=color, alpha=0.5)
     if any(theirs.values()):
-        panels[0].plot([], [], '--', color='grey', label='reported by the authors')
+        panels[0].plot([], [], '--o', color='grey', alpha=0.5, label='pale: reported by the authors')
     if others:
         panels[1].set(ylim=_limits(others), title='without the lowest')
     return _save(figure, panels[0], path)

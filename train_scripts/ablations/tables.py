@@ -15,6 +15,7 @@ from ablations.provenance import Setup
 from ablations.store import Row
 from timm_atac._files import replaced_file
 
+SAME_IMAGES = {'cifar10': 'cifar10-jpeg'}  # reported data set: the copy of it that rows may have
 RESULTS = Path(__file__).parents[2] / 'results'
 Cell = tuple[str, str, int]  # data set, activation, b
 
@@ -34,11 +35,15 @@ class Group(NamedTuple):
 
 
 def read_reported(path: Path = RESULTS / 'reported-cifar.csv') -> dict[Cell, float]:
-    """Return the top-1 accuracies in per cent that the authors report, by data set, activation and b."""
+    """Return the top-1 accuracies in per cent that the authors report, by data set, activation and b.
+
+    The copy of a data set has the accuracies of the data set.
+    """
     with open(path, newline='', encoding='utf-8') as file:
         return {
-            (line['dataset'], line['activation'], int(line['blocks'])): float(line['accuracy'])
+            (dataset, line['activation'], int(line['blocks'])): float(line['accuracy'])
             for line in csv.DictReader(file)
+            for dataset in {line['dataset'], SAME_IMAGES.get(line['dataset'], line['dataset'])}
         }
 
 
@@ -137,6 +142,46 @@ def mean_and_spread(values: Sequence[float]) -> str:
     return f'{mean} ± {statistics.stdev(values):.2f}' if len(values) > 1 else mean
 
 
+def paired_table(group: Group) -> str:
+    """Return how far ATAC is ahead of each other activation, paired by seed, in Markdown.
+
+    Networks of one seed see the same images in the same order. So the differences scatter less than the accuracies. The
+    interval is Student's, which takes the differences for normally distributed. '' if there is nothing to compare.
+    """
+    rows = [row for row in group.rows if row.run.act_stages == max(ACT_STAGES)]
+    accuracies = {(row.run.activation, row.run.blocks, row.run.seed): row.result.accuracy for row in rows}
+    depths = sorted({b for name, b, _ in accuracies if name == 'atac'})
+    lines = [['ATAC against', *(f'b = {b}' for b in depths)]]
+    for name in dict.fromkeys(row.run.activation for row in rows if row.run.activation != 'atac'):
+        cells = []
+        for b in depths:
+            seeds = [seed for found, depth, seed in accuracies if (found, depth) == ('atac', b)]
+            pairs = [(accuracies['atac', b, s], accuracies[name, b, s]) for s in seeds if (name, b, s) in accuracies]
+            cells.append(difference_with_interval([ours - theirs for ours, theirs in pairs]))
+        if any(cells):
+            lines.append([activation(name).label, *cells])
+    if len(lines) == 1:
+        return ''
+    return (
+        f'{group.title}: ATAC less each other activation, {_measured(rows)} in points, mean of the differences within '
+        f'seeds, with its 95 % interval. An interval that contains 0 is not significant\n\n{markdown_table(lines)}'
+    )
+
+
+def difference_with_interval(values: Sequence[float]) -> str:
+    """Return mean and 95 % interval of Student's t, whether the interval contains 0, and the number of values."""
+    if not values:
+        return ''
+    mean = statistics.mean(values)
+    if len(values) == 1:
+        return f'{mean:+.2f} (one seed)'
+    from scipy import stats  # takes a second
+
+    half = float(stats.t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / len(values) ** 0.5
+    verdict = 'not significant, ' if mean - half <= 0 <= mean + half else ''
+    return f'{mean:+.2f} ({mean - half:+.2f} to {mean + half:+.2f}; {verdict}{len(values)} seeds)'
+
+
 def act_stages_table(group: Group) -> str:
     """Return the accuracy by the number of stages that have the activation, counted from the last, in Markdown.
 
@@ -174,7 +219,9 @@ def first_rows(rows: list[Row]) -> list[Row]:
 def all_tables(rows: list[Row]) -> str:
     """Return all tables of the rows in Markdown."""
     reported = read_reported()
-    found = ((accuracy_table(group, reported), act_stages_table(group)) for group in group_rows(rows))
+    found = (
+        (accuracy_table(group, reported), paired_table(group), act_stages_table(group)) for group in group_rows(rows)
+    )
     return '\n\n'.join(filter(None, itertools.chain(*found)))
 
 
