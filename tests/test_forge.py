@@ -101,6 +101,21 @@ def test_pull_requests_ask_for_the_environment() -> None:
     assert '`timm-atac env`' in (FOLDER / 'PULL_REQUEST_TEMPLATE.md').read_text()
 
 
+@pytest.mark.parametrize('name', ['CHANGELOG.md', 'CONTRIBUTING.md', 'README.md', 'SECURITY.md', 'UPGRADING.md'])
+def test_links(name) -> None:
+    """Each file that a page names exists, and has the heading that the link names."""
+    text = (ROOT / name).read_text()
+    targets = [target for target in re.findall(r'\]\(([^)]+)\)', text) if not target.startswith('https:')]
+    for target in targets:
+        file, _, anchor = target.partition('#')
+        path = ROOT / (file or name)
+        assert path.exists(), target
+        if anchor:
+            headings = re.findall(r'^#+ (.+)', path.read_text(), re.MULTILINE)
+            anchors = {re.sub(r'[^a-z0-9 _-]', '', heading.lower()).replace(' ', '-') for heading in headings}
+            assert anchor in anchors, target
+
+
 def test_updates_leave_the_oldest_versions() -> None:
     updates = {update['package-ecosystem']: update for update in read(FOLDER / 'dependabot.yml')['updates']}
     assert set(updates) == {'github-actions', 'pip'}
