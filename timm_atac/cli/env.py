@@ -4,7 +4,7 @@ The command says where timm_atac is imported from, whether programs that do not 
 the Triton kernels can run. It also works where something is broken, and says what that is. Its exit status is 0 then
 too. It downloads and writes nothing, and prints no environment variables but those of timm_atac and of the autoload.
 
-    timm-atac env
+    timm-atac env > env.txt
 """
 
 import argparse
