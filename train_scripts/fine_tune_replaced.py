@@ -60,7 +60,7 @@ def create(name: str, variant: str, weights: Path | None, seed: int) -> nn.Modul
         ValueError: The variant is not one of the form WHERE:START:RD_RATIO.
     """
     random_seed(seed)
-    overlay = {} if weights is None else dict(pretrained_cfg_overlay=dict(file=str(weights)))
+    overlay: dict[str, Any] = {} if weights is None else dict(pretrained_cfg_overlay=dict(file=str(weights)))
     model = timm.create_model(name, pretrained=True, num_classes=10, **overlay)
     if variant == 'as_it_was':
         return model
@@ -69,9 +69,9 @@ def create(name: str, variant: str, weights: Path | None, seed: int) -> nn.Modul
         raise ValueError(f'--variants {variant}: expected as_it_was or WHERE:START:RD_RATIO, START of {STARTS}.')
     replace_activations(model, where=where, rd_ratio=float(rd_ratio), imitate=start == 'imitate')
     if start == 'near_one':
-        for module in model.modules():
-            if isinstance(module, ATAC):
-                nn.init.constant_(module.bn2.bias, 3.0)
+        units: Any = [module for module in model.modules() if isinstance(module, ATAC)]
+        for unit in units:
+            nn.init.constant_(unit.bn2.bias, 3.0)
     return model
 
 
