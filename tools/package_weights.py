@@ -10,6 +10,7 @@ the test set, which has to be that of the training. Then it writes `timm_atac/we
 """
 
 import argparse
+import csv
 import shutil
 import sys
 import tempfile
@@ -63,6 +64,7 @@ def _package(row: Row, folder: Path, data: ImageData) -> list[str]:
     state_dict = load_file(folder / 'model.safetensors')
     model: Any = timm.create_model(name).eval()
     model.load_state_dict(state_dict)
+    curve = read_curve(folder.parent / 'curves' / f'{folder.name}.csv')
     top1, top5 = accuracy(model, data)
     if round(top1, 2) != row.result.accuracy:
         sys.exit(f'{name}: {top1:.2f} % of the test set, but {row.result.accuracy} % after the training.')
@@ -72,7 +74,9 @@ def _package(row: Row, folder: Path, data: ImageData) -> list[str]:
     configs = ROOT / 'hub_configs' / name
     configs.mkdir(exist_ok=True)
     with replaced_file(configs / 'card.yaml') as file:
-        facts = yaml.safe_dump(_facts(name, row, top1, top5), sort_keys=False, allow_unicode=True, width=110)
+        facts = yaml.safe_dump(
+            _facts(row, curve, top1, top5), sort_keys=False, allow_unicode=True, width=110, default_flow_style=None
+        )
         file.write(b'# Written by tools/package_weights.py from the row of the training.\n' + facts.encode())
     digest = tensor_hash(state_dict)
     print(f"    '{name}': Published(trained=_ON_CIFAR10, tensors='{digest}'),")
@@ -87,7 +91,7 @@ def _package(row: Row, folder: Path, data: ImageData) -> list[str]:
     return [name, '32', *numbers, f'{params:.2f}', str(cfg['crop_pct']), cfg['interpolation']]
 
 
-def _facts(name: str, row: Row, top1: float, top5: float) -> dict[str, Any]:
+def _facts(row: Row, curve: dict[str, list[float]], top1: float, top5: float) -> dict[str, Any]:
     run, setup = row.run, row.setup
     unit = {'relu': 'ReLU', 'atac': 'ATAC'}[run.activation]
     command = (
@@ -123,7 +127,16 @@ def _facts(name: str, row: Row, top1: float, top5: float) -> dict[str, Any]:
             'computed on': f'{setup.device}, torch {setup.torch}, timm {setup.timm}',
             'commit of timm_atac': setup.commit,
         },
+        'curve': curve,
     }
+
+
+def read_curve(path: Path) -> dict[str, list[float]]:
+    """Return the training curve that ablation.py has written, rounded, by the names of the card."""
+    with open(path, newline='', encoding='utf-8') as file:
+        rows = list(csv.DictReader(file))
+    columns = {'training loss': ('train/loss', 4), 'test accuracy (%)': ('eval/top1', 2)}
+    return {label: [round(float(row[name]), n) for row in rows] for label, (name, n) in columns.items()}
 
 
 @torch.inference_mode()

@@ -206,6 +206,7 @@ def check_text(card: str) -> None:
 @pytest.mark.parametrize('tag', TAGS)
 def test_text(tag) -> None:
     check_text(render_tag(tag, picture='gates.png'))
+    check_text(render_tag(tag, picture='gates.png', curve='training.png'))
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ import timm
 import torch
 import yaml
 from huggingface_hub import ModelCard
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from timm_atac.cli import main
@@ -147,6 +148,28 @@ def test_the_picture_of_other_weights_is_drawn_again(tmp_path) -> None:
     replace_weights(tmp_path / 'net')
     assert 'gates.png' in write_card(tmp_path / 'net', {'license': 'mit'})
     assert 'gates.png' not in write_card(tmp_path / 'net')
+
+
+def test_training_curve(tmp_path) -> None:
+    folder = tmp_path / 'net'
+    curve = {'training loss': [1.5, 1.0, 0.75], 'test accuracy (%)': [40, 55.5, 60.0]}
+    export(create(seed=1), folder, {'license': 'mit', 'curve': curve})
+    assert '![The training curve: training loss, test accuracy (%) after each epoch](training.png)' in (
+        folder / 'README.md'
+    ).read_text(encoding='utf-8')
+    with Image.open(folder / 'training.png') as image:
+        assert image.format == 'PNG' and image.width > 2 * image.height
+    assert read_facts(folder / 'card.yaml')['curve'] == curve
+    assert 'training.png' in check_folder(folder, 'me/net').files
+
+    (folder / 'training.png').unlink()
+    with pytest.raises(FolderError, match=r'shows training\.png, which is missing; draw it with `timm-atac card'):
+        check_folder(folder, 'me/net')
+    assert 'training.png' in write_card(folder)
+    assert 'training.png' not in write_card(folder, {'license': 'mit'}) and not (folder / 'training.png').exists()
+    assert 'training.png' not in (folder / 'README.md').read_text(encoding='utf-8')
+    with pytest.raises(CardError, match=r"curve\.loss\[1\] is 'much', expected a number"):
+        write_card(folder, {'curve': {'loss': [1.0, 'much']}})
 
 
 @pytest.mark.slow

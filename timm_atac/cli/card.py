@@ -35,6 +35,7 @@ def run(args: argparse.Namespace) -> None:
     if args.facts:
         check_file(args.facts, '--facts', 'a YAML file with the facts of the card')
     from ..hub.card import REPO, render
+    from ..hub.curve import CURVE
     from ..hub.export import ASKED, FACTS, PICTURE, write_card
     from ..hub.facts import config_folder, config_names, read_facts
     from ..utils.words import did_you_mean
@@ -56,4 +57,5 @@ def run(args: argparse.Namespace) -> None:
     if args.image:
         raise CliError('--image is for a folder, which has the weights.')
     _logger.info('%s and %s are filled in when the weights are exported and pushed.', REPO, PICTURE)
-    print(render(read_config(tag_folder), read_facts(args.facts or tag_folder / FACTS), PICTURE), end='')
+    facts = read_facts(args.facts or tag_folder / FACTS)
+    print(render(read_config(tag_folder), facts, PICTURE, CURVE if facts.get('curve') else None), end='')

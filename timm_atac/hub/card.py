@@ -40,6 +40,7 @@ def render(
     config: Mapping[str, Any],
     facts: Mapping[str, Any] | None = None,
     picture: str | None = None,
+    curve: str | None = None,
     repo: str = REPO,
     name: str | None = None,
 ) -> str:
@@ -49,6 +50,7 @@ def render(
         config: `config.json` of the network.
         facts: As `timm_atac.hub.facts.read_facts` returns them. None means that there are none.
         picture: Path in the repository of the picture of the gates. None leaves the picture out.
+        curve: Path in the repository of the picture of the training curve. None leaves the picture out.
         repo: Repository that the code in the card loads, OWNER/NAME.
         name: Title. None means `full_name(config)`.
 
@@ -76,6 +78,7 @@ def render(
         architecture=config['architecture'],
         arguments={name: value for name, value in config.get('model_args', {}).items() if _USUAL.get(name) != value},
         picture=picture,
+        curve=curve,
         package='timm_atac' if is_ours else 'timm',
         repo=repo,
         stats=stats,

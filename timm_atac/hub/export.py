@@ -1,4 +1,4 @@
-"""Writes a network as a folder for the Hub: weights, config, model card and a picture of its gates."""
+"""Writes a network as a folder for the Hub: weights, config, model card and pictures."""
 
 import logging
 from collections.abc import Mapping
@@ -12,6 +12,7 @@ from ..weights.folder import CONFIG, dump_config, identify_folder, load_folder, 
 from ..weights.identity import Identity
 from ..weights.published import PUBLISHED
 from .card import render
+from .curve import CURVE, draw_curve
 from .facts import CardError, config_folder, read_facts
 
 __all__ = ['ASKED', 'CARD', 'FACTS', 'PICTURE', 'export', 'shipped_facts', 'write_card']
@@ -43,7 +44,8 @@ def export(
     """Write a folder that `timm.create_model('local-dir:FOLDER', pretrained=True)` loads and `timm-atac push` uploads.
 
     The folder has `config.json`, `model.safetensors`, `README.md`, `card.yaml` with the facts of the card, and
-    `gates.png`, unless no picture can be drawn; then a warning is logged.
+    `gates.png`, unless no picture can be drawn; then a warning is logged. `training.png` shows the training curve, if
+    the facts have one.
 
     Args:
         model: A network made by `timm.create_model`.
@@ -70,6 +72,8 @@ def write_card(
     model: Any = None,
 ) -> list[str]:
     """Write `README.md` and `card.yaml` of a folder, and `gates.png` if it is not there or shows other weights.
+
+    `training.png` shows the training curve of the facts, and is removed if they have none.
 
     `config.json` is corrected if timm or transformers would fail to load it, or if it says what is true of other
     weights only. A warning is logged if no picture can be drawn.
@@ -116,12 +120,21 @@ def write_card(
             written.append(PICTURE)
             if image is None:
                 facts['picture_credit'] = _SAMPLE_CREDIT
+    curve = folder / CURVE
+    curve.unlink(missing_ok=True)
+    if facts.get('curve'):
+        try:
+            draw_curve(facts['curve'], curve)
+        except ImportError:
+            _logger.warning('No picture of the training curve: matplotlib is not installed (pip install matplotlib).')
+        else:
+            written.append(CURVE)
     if config != old_config:
         written.append(CONFIG)
         _write(folder / CONFIG, dump_config(config))
     _write(folder / FACTS, yaml.safe_dump(facts, sort_keys=False, allow_unicode=True) + _questions(facts))
-    shown = PICTURE if picture.exists() else None
-    _write(folder / CARD, render(config, facts, shown, name=name))
+    shown = {key: path.name for key, path in (('picture', picture), ('curve', curve)) if path.exists()}
+    _write(folder / CARD, render(config, facts, **shown, name=name))
     return written
 
 

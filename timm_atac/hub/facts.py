@@ -87,6 +87,7 @@ class CardFacts:
         license_note: A sentence after the licence.
         origin: Address of the project that the weights come from.
         hyperparameters: Lines about the training, by name.
+        curve: The training curve: values after each epoch, by name.
         citations: BibTeX entries.
         picture_credit: Where the image in the picture of the gates comes from.
     """
@@ -104,6 +105,7 @@ class CardFacts:
     papers: list[Paper] = field(default_factory=list)
     results: list[Result] = field(default_factory=list)
     hyperparameters: dict[str, Any] = field(default_factory=dict)
+    curve: dict[str, list[float]] = field(default_factory=dict)
     comparison: Comparison | None = None
     citations: list[str] = field(default_factory=list)
     picture_credit: str | None = None

@@ -36,12 +36,14 @@ from ..weights.folder import (
 )
 from ..weights.published import HUB_ORG, PUBLISHED
 from .card import REPO, full_name, weights_of
+from .curve import CURVE
 from .export import CARD, FACTS, PICTURE, check_weights
 from .facts import CardError, read_facts
 from .licenses import license_problem
 
 __all__ = ['CheckedFolder', 'HubError', 'check_folder', 'check_token', 'name_of', 'push', 'resolve_repo']
 
+_PICTURES = (PICTURE, CURVE)
 _CREATED_BY_HUB = {'.gitattributes'}  # files of a new repository
 _BY_STATUS = {
     400: f'The Hub refuses the files ({{error}}): see the front matter of {CARD}.',
@@ -112,10 +114,13 @@ def check_folder(folder: str | Path, repo: str | None = None) -> CheckedFolder:
         raise FolderError(f'{folder / CARD} has no front matter; write it again with `timm-atac card {folder}`.')
     if problem := license_problem(card.data.get('license'), card.data.get('license_name')):
         raise FolderError(f'{folder / CARD}: {problem}. Correct it in {FACTS} and run `timm-atac card {folder}`.')
-    if f']({PICTURE})' in card.content and not (folder / PICTURE).is_file():
-        raise FolderError(f'{folder / CARD} shows {PICTURE}, which is missing; draw it with `timm-atac card {folder}`.')
+    for picture in _PICTURES:
+        if f']({picture})' in card.content and not (folder / picture).is_file():
+            raise FolderError(
+                f'{folder / CARD} shows {picture}, which is missing; draw it with `timm-atac card {folder}`.'
+            )
     _check_weights_of(card, folder)
-    files = {name: folder / name for name in (CARD, CONFIG, WEIGHTS, PICTURE) if (folder / name).is_file()}
+    files = {name: folder / name for name in (CARD, CONFIG, WEIGHTS, *_PICTURES) if (folder / name).is_file()}
     license = card.data.get('license_name') or card.data.get('license')
     license_note = None
     if license in (None, 'none-stated', 'unknown'):
@@ -245,8 +250,7 @@ def _operations(folder: CheckedFolder, existing: set[str]) -> Iterator[CommitOpe
         elif name == CONFIG:
             content = folder.config.encode()
         yield CommitOperationAdd(name, content)
-    if PICTURE in existing and PICTURE not in folder.files:
-        yield CommitOperationDelete(PICTURE)
+    yield from map(CommitOperationDelete, [p for p in _PICTURES if p in existing and p not in folder.files])
 
 
 def _check_content(folder: CheckedFolder, existing: set[str]) -> None:
