@@ -120,7 +120,8 @@ def recipes() -> str:
     rows: Any = yaml.safe_load(card.read_text())['comparison']['rows']
     (best,) = (row for row in rows if row['model'] == 'resnet50.a1_in1k')
     return (
-        f"**A better recipe gains more than ATAC does.** timm's `resnet50.a1_in1k` has {best['top1']:.2f} top-1 at 224 px\n"
+        f"**A better recipe gains more than ATAC does.** timm's `resnet50.a1_in1k` has {best['top1']:.2f} top-1 at "
+        '224 px\n'
         'with plain ReLUs (timm, results-imagenet.csv). We have not trained ATAC by such a recipe. '
         '[One is ready](docs/train.md#recipes).'
     )
