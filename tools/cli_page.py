@@ -51,7 +51,8 @@ def argument(action: Any) -> str:
     if action.nargs == 0:
         values = ''
     names = ', '.join(action.option_strings)
-    return f'`{" ".join(filter(None, (names, values)))}`'.replace('|', '\\|')
+    text = ' '.join(filter(None, (names, values)))
+    return ' or '.join(f'`{part}`' for part in text.split('|'))
 
 
 def outside_code(text: str) -> str:

@@ -18,6 +18,9 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = {'CHANGELOG.md': 'changelog.md', 'CONTRIBUTING.md': 'contributing.md', 'benchmarks/log.md': 'benchmark_log.md'}
 """File of the repository -> page of the site."""
 
+SHORT, TINY = 34, 16
+"""Characters of a table's cell that stays on one line: on a wide screen, and on any screen."""
+
 LINK = re.compile(r'(?P<text>\[[^\]]*\])\((?P<target>[^)\s]+)\)')
 CODE = re.compile(r'^```.*?^```', re.MULTILINE | re.DOTALL)
 
@@ -47,6 +50,18 @@ def on_files(files: Files, config: Any) -> Files:
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Turn the links of the repository into links of the site."""
     return with_site_links(markdown, page.file.src_uri)
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """Mark the short cells of tables, see docs/site.css, and show `\\|` in them as `|`."""
+
+    def cell(match: re.Match[str]) -> str:
+        content = match[1].replace(r'\|', '|')  # a forge wants it escaped, also in code
+        length = len(re.sub(r'<[^>]+>', '', content))
+        size = 'tiny' if length <= TINY else 'short'
+        return f'<td class="{size}">{content}</td>' if length <= SHORT else f'<td>{content}</td>'
+
+    return re.sub(r'<td>(.*?)</td>', cell, html, flags=re.DOTALL)
 
 
 def linked(source: str, text: str) -> Iterator[str]:

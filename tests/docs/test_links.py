@@ -68,4 +68,11 @@ def test_links_on_the_site() -> None:
         ('index.md', '```\n[a](../README.md)\n```\n', '```\n[a](../README.md)\n```\n'),
     ):
         assert site.with_site_links(text, page) == expected
+    html = site.on_page_content(f'<td>1.0 (0.9..1.1)</td><td>{"b" * 34}</td><td>{"c" * 35}</td><td><code>d</code></td>')
+    assert [part.partition('>')[0] for part in html.split('<td')[1:]] == [
+        ' class="tiny"',
+        ' class="short"',
+        '',
+        ' class="tiny"',
+    ]
     assert [*site.linked('docs/index.md', '[a](../LICENSE) [b](https://arxiv.org)')] == ['LICENSE']
