@@ -36,11 +36,9 @@ def section(name: str, command: Any) -> str:
         command.description.strip() + '\n',
         flags=re.MULTILINE,
     )
-    text = f'\n## {name}\n\n{outside_code(blocks)}\n| argument | what it is |\n| --- | --- |\n'
-    for action in command._actions:
-        if action.dest != 'help':
-            text += f'| {argument(action)} | {escape(action.help or "")} |\n'
-    return text
+    text = f'\n## {name}\n\n{outside_code(blocks)}'
+    rows = [f'| {argument(a)} | {escape(a.help or "")} |\n' for a in command._actions if a.dest != 'help']
+    return text + ''.join(['\n| argument | what it is |\n| --- | --- |\n', *rows] if rows else [])
 
 
 def argument(action: Any) -> str:

@@ -2,7 +2,7 @@
 
 Links in docs/*.md are those of the repository, `../results/digits.csv`, so that they also work where the repository is
 read. mkdocs only knows files in docs/. So this hook adds the files that are linked, and turns the links into those of
-the site. CHANGELOG.md, CONTRIBUTING.md and benchmarks/log.md become pages of their own. A link to a folder becomes its
+the site. Those in PAGES become pages of their own. A link to a folder becomes its
 text.
 """
 
@@ -15,7 +15,13 @@ from typing import Any
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = {'CHANGELOG.md': 'changelog.md', 'CONTRIBUTING.md': 'contributing.md', 'benchmarks/log.md': 'benchmark_log.md'}
+PAGES = {
+    'CHANGELOG.md': 'changelog.md',
+    'UPGRADING.md': 'upgrading.md',
+    'SECURITY.md': 'security.md',
+    'CONTRIBUTING.md': 'contributing.md',
+    'benchmarks/log.md': 'benchmark_log.md',
+}
 """File of the repository -> page of the site."""
 
 SHORT, TINY = 34, 16

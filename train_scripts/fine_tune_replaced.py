@@ -60,7 +60,7 @@ def create(name: str, variant: str, weights: Path | None, seed: int) -> nn.Modul
         ValueError: The variant is not one of the form WHERE:START:RD_RATIO.
     """
     random_seed(seed)
-    overlay = {} if weights is None else dict(pretrained_cfg_overlay=dict(file=str(weights)))
+    overlay: dict[str, Any] = {} if weights is None else dict(pretrained_cfg_overlay=dict(file=str(weights)))
     model = timm.create_model(name, pretrained=True, num_classes=10, **overlay)
     if variant == 'as_it_was':
         return model
@@ -69,9 +69,9 @@ def create(name: str, variant: str, weights: Path | None, seed: int) -> nn.Modul
         raise ValueError(f'--variants {variant}: expected as_it_was or WHERE:START:RD_RATIO, START of {STARTS}.')
     replace_activations(model, where=where, rd_ratio=float(rd_ratio), imitate=start == 'imitate')
     if start == 'near_one':
-        for module in model.modules():
-            if isinstance(module, ATAC):
-                nn.init.constant_(module.bn2.bias, 3.0)
+        units: Any = [module for module in model.modules() if isinstance(module, ATAC)]
+        for unit in units:
+            nn.init.constant_(unit.bn2.bias, 3.0)
     return model
 
 
@@ -115,8 +115,8 @@ def table(rows: Sequence[dict[str, str]]) -> str:
     for row in rows:
         where, start, rd_ratio = row['variant'].split(':') if ':' in row['variant'] else ['as it was', '', '']
         accuracies = row['accuracies'].split()
-        end = f'{accuracies[-1]} ({len(accuracies)} epochs)'
-        lines.append([row['model'], where, start, rd_ratio, row['params'], row['before'], accuracies[0], end])
+        first, last = (accuracies[0], f'{accuracies[-1]} ({len(accuracies)} epochs)') if accuracies else ('', '')
+        lines.append([row['model'], where, start, rd_ratio, row['params'], row['before'], first, last])
     return markdown_table(lines)
 
 
@@ -125,7 +125,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument('model', metavar='MODEL', help='resnet8_cifar, or another network with ReLU')
     parser.add_argument('--weights', type=Path, metavar='FILE', help='default: the weights in the package')
     parser.add_argument('--variants', nargs='+', default=VARIANTS, metavar='VARIANT', help=f'of: {" ".join(VARIANTS)}')
-    parser.add_argument('--epochs', type=int, default=3, help='default: 3')
+    parser.add_argument('--epochs', type=int, default=3, help='default: 3; 0 only tests')
     parser.add_argument('--lr', type=float, default=0.05, help='default: 0.05, an eighth of that of the training')
     parser.add_argument('--seed', type=int, default=0, help='default: 0')
     parser.add_argument('--data-dir', type=Path, default=Path('data'), help='folder of cifar10-jpeg (default: data)')

@@ -12,6 +12,7 @@ import argparse
 import statistics
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import timm
 import torch
@@ -37,7 +38,7 @@ SIZE, BATCH_SIZE = 32, 50
 def train(name: str, act: str | None, data: ImageData, epochs: int, lr: float, seed: int) -> float:
     """Train a model by AdamW with a cosine schedule, and return its accuracy on the test set in per cent."""
     random_seed(seed)
-    args = dict(img_size=SIZE) if 'vit' in name else {}
+    args: dict[str, Any] = dict(img_size=SIZE) if 'vit' in name else {}
     model = timm.create_model(name, in_chans=1, num_classes=10, **args)
     if act is not None:
         replace_activations(model, act, example_input=torch.zeros(2, 1, SIZE, SIZE))

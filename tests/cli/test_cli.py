@@ -416,7 +416,7 @@ def test_help() -> None:
     """Each command explains itself with an example, and without loading torch."""
     code = 'import sys; from timm_atac.cli import main\n'
     code += 'try: main(sys.argv[1:])\nfinally: print("torch" in sys.modules)'
-    for command in ('convert', 'push', 'card', 'gates', 'list', 'replace'):
+    for command in ('convert', 'push', 'card', 'gates', 'list', 'replace', 'env'):
         result = subprocess.run([sys.executable, '-c', code, command, '--help'], capture_output=True, text=True)
         assert result.returncode == 0
         assert result.stdout.endswith('False\n')

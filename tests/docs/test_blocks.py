@@ -127,6 +127,7 @@ def commands(code: str) -> list[list[str]]:
                 words = []
             elif words or not re.fullmatch(r'\w+=.*|\w+\(\)|[{}]', word):  # variables, and the frame of a function
                 words.append(word)
+    found = [words[: words.index('>')] if '>' in words else words for words in found]
     return [words[3:] if words[0] == 'nice' else words for words in found]
 
 

@@ -273,6 +273,29 @@ def test_wrong_arguments(args, message) -> None:
         timm.create_model('atac_host', host='test_resnet', **args)
 
 
+class RunsCode:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return open, ('ran', 'x')
+
+
+@pytest.mark.parametrize('pretrained', [False, True])
+@pytest.mark.parametrize('depth', [1, 2])
+def test_a_folder_names_no_other_file(depth, pretrained, tmp_path, monkeypatch) -> None:
+    """A hostile config.json gives the host a checkpoint, whose code timm 1.0.21 would run."""
+    monkeypatch.chdir(tmp_path)
+    name = save(replace_activations(timm.create_model('test_resnet')), Path('net'), host='test_resnet')
+    torch.save({'state_dict': {}, 'x': RunsCode()}, 'x.pth')
+    host: dict[str, Any] = {'model_name': 'test_resnet', 'checkpoint_path': 'x.pth'}
+    if depth == 2:
+        host = {'model_name': 'atac_host', 'host': host}
+    config = json.loads(Path('net/config.json').read_text())
+    config['model_args'] = {'host': host}
+    Path('net/config.json').write_text(json.dumps(config))
+    with pytest.raises(ValueError, match='atac_host takes no checkpoint_path'):
+        timm.create_model(name, pretrained=pretrained)
+    assert not Path('ran').exists()
+
+
 @pytest.mark.parametrize('host', [5, '', {}, {'num_classes': 7}])
 def test_a_host_that_is_none(host) -> None:
     with pytest.raises(ValueError, match='expected the name of a model'):

@@ -3,6 +3,7 @@
 import ast
 import os
 import pydoc
+import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 import timm
+from index_page import addresses, long_description
 from networks import gmacs
 from timm_tests import OUR_MODULES
 
@@ -26,16 +28,41 @@ def run(*command: object) -> str:
     return result.stdout
 
 
+# `python -m build` twice in one environment: the sdist, and the wheel from it; then the same from the unpacked sdist
+BUILD = """
+import os, subprocess, sys, tarfile
+from build import ProjectBuilder
+from build.env import DefaultIsolatedEnv
+
+def make(source, out, env):
+    sdist = ProjectBuilder.from_isolated_env(env, source).build('sdist', out)
+    with tarfile.open(sdist) as archive:
+        archive.extractall(out + '-sdist', filter='data')
+    unpacked = os.path.join(out + '-sdist', os.path.basename(sdist).removesuffix('.tar.gz'))
+    ProjectBuilder.from_isolated_env(env, unpacked).build('wheel', out)
+    return unpacked
+
+source, folder = sys.argv[1:]
+try:
+    with DefaultIsolatedEnv() as env:
+        env.install(ProjectBuilder(source).build_system_requires)
+        unpacked = make(source, os.path.join(folder, 'dist'), env)
+        make(unpacked, os.path.join(folder, 'again'), env)
+except subprocess.CalledProcessError as error:
+    sys.exit(f'{error} {error.stdout} {error.stderr}')
+"""
+
+
 @pytest.fixture(scope='module')
 def dist(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp('dist')
+    folder = tmp_path_factory.mktemp('packages')
     try:
-        run(sys.executable, '-m', 'build', '--outdir', folder)  # the sdist, then the wheel from it
+        run(sys.executable, '-c', BUILD, ROOT, folder)
     except AssertionError as error:
         if os.environ.get('CI') or 'ConnectionError' not in str(error):
             raise
         pytest.skip(f'the build backend comes from the package index, which cannot be reached: {error}')
-    return folder
+    return folder / 'dist'
 
 
 @pytest.mark.slow
@@ -64,6 +91,9 @@ def test_wheel(dist, tmp_path) -> None:
     assert f'{info}/licenses/LICENSE' in names
 
     run(sys.executable, '-m', 'twine', 'check', '--strict', *dist.iterdir())
+    with zipfile.ZipFile(wheel) as archive:
+        _, text = archive.read(f'{info}/METADATA').decode().split('\n\n', 1)  # the headers, and the long description
+    assert text.startswith('# timm_atac\n') and not relative_targets(text)
 
     # an environment with nothing in it: our import needs neither torch nor timm
     run(sys.executable, '-m', 'venv', tmp_path / 'venv')
@@ -73,6 +103,83 @@ def test_wheel(dist, tmp_path) -> None:
     version, has_torch, file = run(python, '-I', '-c', code).split()
     assert (version, has_torch) == (wheel.name.split('-')[1], 'False')
     assert Path(file).is_relative_to(tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.network
+def test_wheel_has_what_a_wheel_should_have(dist) -> None:
+    pytest.importorskip('check_wheel_contents')
+    run(sys.executable, '-m', 'check_wheel_contents', dist)
+
+
+@pytest.mark.slow
+@pytest.mark.network
+def test_built_twice_to_the_same_bytes(dist) -> None:
+    """Packages that are built again, from the unpacked sdist and thus in another folder, are the same."""
+    first, second = ({path.name: path.read_bytes() for path in f.iterdir()} for f in (dist, dist.parent / 'again'))
+    assert len(first) == 2
+    assert first == second
+
+
+REPOSITORY = 'https://forge.test/me/timm_atac'
+PICTURE = '*Picture: gates (a.png in the source distribution)*'
+LINKS = {
+    '[page](docs/a.md#b)': (f'[page]({REPOSITORY}/blob/v1.0/docs/a.md#b)', 'page'),
+    '[two\nlines](docs)': (f'[two\nlines]({REPOSITORY}/blob/v1.0/docs)', 'two\nlines'),
+    '[below](#speed)': (f'[below]({REPOSITORY}/blob/v1.0/README.md#speed)', 'below'),
+    '[`code[0]`](a.py)': (f'[`code[0]`]({REPOSITORY}/blob/v1.0/a.py)', '`code[0]`'),
+    '![gates](a.png)': (
+        f'![gates]({REPOSITORY}/raw/v1.0/a.png)',
+        PICTURE,
+    ),
+    '<img width="9" src="a.png" alt="gates">': (
+        f'<img width="9" src="{REPOSITORY}/raw/v1.0/a.png" alt="gates">',
+        PICTURE,
+    ),
+    '[![gates](a.png)](a.md)': (
+        f'[![gates]({REPOSITORY}/raw/v1.0/a.png)]({REPOSITORY}/blob/v1.0/a.md)',
+        PICTURE,
+    ),
+    **{
+        text: (text, text)
+        for text in (
+            '[paper](https://arxiv.org/abs/2007.07729)',
+            '![badge](https://forge.test/a.png)',
+            '`layers[0](x)` and `a` [b](mailto:me@forge.test)',
+            '```python\nlayers[0](x)\n```',
+        )
+    },
+}
+
+
+@pytest.mark.parametrize('link', LINKS)
+def test_links_of_an_index_page(link) -> None:
+    """Links are absolute if the repository has an address, and text if it has none."""
+    for repository, expected in zip((REPOSITORY, ''), LINKS[link], strict=True):
+        assert long_description(f'A\n{link}\nb.', repository, '1.0') == f'A\n{expected}\nb.'
+
+
+@pytest.mark.parametrize('repository', [REPOSITORY, ''])
+def test_readme_on_an_index_page(repository) -> None:
+    readme = (ROOT / 'README.md').read_text()
+    text = long_description(readme, repository, '1.0')
+    assert not relative_targets(text)
+    absolute = re.findall(rf'\({REPOSITORY}/(blob|raw)/v1\.0/([^)#]+)', text)
+    assert bool(absolute) == bool(repository)
+    for _, path in absolute:
+        assert (ROOT / path).exists(), path
+    assert set(addresses(repository, '1.0')) == (
+        {'Source', 'Documentation', 'Changelog', 'Issues'} if repository else set()
+    )
+    assert '\n## Install\n' in text
+
+
+def relative_targets(text: str) -> list[str]:
+    """Return the targets of links and pictures, outside of code, that are no addresses."""
+    text = re.sub(r'```.*?```', '', text, flags=re.S)
+    targets = re.findall(r'\]\(([^)\s]+)\)', re.sub(r'`[^`\n]+`', 'code', text))
+    targets += re.findall(r'(?:src|srcset|href)="([^"]+)"', text) + re.findall(r'^\[[^\]]+\]: (\S+)', text, re.M)
+    return [target for target in targets if not target.startswith(('https:', 'mailto:'))]
 
 
 @pytest.mark.slow

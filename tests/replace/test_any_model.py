@@ -4,7 +4,7 @@ import any_model
 import pytest
 
 PAGE = any_model.PAGE.read_text()
-QUICK = ('resnet50', 'regnety_008', 'efficientnet_b0', 'vit_small_patch16_224', 'vgg16', "torchvision's `resnet50`")
+QUICK = ('resnet50', 'efficientnet_b0', 'vgg16', "torchvision's `resnet50`")
 
 
 @pytest.mark.slow

@@ -13,8 +13,8 @@ import torch.nn as nn
 from packaging.version import Version
 
 FEW = 2  # modules with at most 2 models: the smallest is determined in every run
-SMALL = 1.5  # models with at most 1.5 million parameters are tested in every run, all others with --all-hosts
-QUICK = {'By `act_layer`': SMALL, 'By `replace_activations`': 1.0}  # the same, with -m 'not slow'
+SMALL = 0.5  # models with at most 0.5 million parameters are tested in every run, all others with --all-hosts
+QUICK = {'By `act_layer`': SMALL, 'By `replace_activations`': 0.4}  # the same, with -m 'not slow'
 WAYS = {'By `act_layer`': host_coverage.by_act_layer, 'By `replace_activations`': host_coverage.by_replacing}
 PAGE = host_coverage.PAGE.read_text()
 TIMM = PAGE.splitlines()[0].split()[-1]
@@ -90,7 +90,7 @@ def test_every_module_has_rows() -> None:
     for title in WAYS:
         missing = [module for module in host_coverage.host_modules() if (title, module) not in rows]
         assert not missing, 'run python tools/host_coverage.py'
-    assert sum(millions(row) <= SMALL for row in rows.values()) >= 20
+    assert sum(millions(row) <= SMALL for row in rows.values()) >= 12
 
 
 @pytest.mark.slow

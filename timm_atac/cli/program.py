@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Sequence
 
 from .. import __version__, _autoload
-from . import card, convert, gates, list_models, push, replace
+from . import card, convert, env, gates, list_models, push, replace
 from .arguments import CliError
 from .parser import Parser
 
@@ -21,6 +21,7 @@ _COMMANDS = {
     'gates': gates,
     'list': list_models,
     'replace': replace,
+    'env': env,
 }
 
 
@@ -41,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in ('cli', 'hub'):  # the other packages log what nobody has asked for
         logger.getChild(name).setLevel(logging.INFO)
     try:
-        if _autoload._disabled():
+        if _autoload._disabled() and args.command != 'env':  # which says so
             raise CliError('TIMM_ATAC_DISABLE is set, so timm does not know the models; unset it.')
         args.run(args)
     except KeyboardInterrupt:
@@ -87,8 +88,8 @@ def _message(error: Exception) -> str:
 def _fault_message(error: Exception) -> str:
     reason = ' '.join(f'{type(error).__name__}: {error}'.split())
     return (
-        f'this is a fault of timm_atac ({reason}). Please report it; TIMM_ATAC_DEBUG=1 in the environment shows the '
-        f'traceback.'
+        f'this is a fault of timm_atac ({reason}). Please report it with the output of `timm-atac env`; '
+        f'TIMM_ATAC_DEBUG=1 in the environment shows the traceback.'
     )
 
 

@@ -133,8 +133,8 @@ def write_card(
         written.append(CONFIG)
         _write(folder / CONFIG, dump_config(config))
     _write(folder / FACTS, yaml.safe_dump(facts, sort_keys=False, allow_unicode=True) + _questions(facts))
-    shown = [path.name if path.exists() else None for path in (picture, curve)]
-    _write(folder / CARD, render(config, facts, *shown, name=name))
+    shown = {key: path.name for key, path in (('picture', picture), ('curve', curve)) if path.exists()}
+    _write(folder / CARD, render(config, facts, **shown, name=name))
     return written
 
 

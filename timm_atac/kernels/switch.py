@@ -19,6 +19,7 @@ __all__ = [
     'MOST_HIDDEN',
     'can_run',
     'check_choice',
+    'current_choice',
     'is_wanted',
     'layout',
     'use_kernels',
@@ -65,6 +66,11 @@ def use_kernels(enable: bool | None) -> None:
     global _choice
     check_choice('use_kernels', enable)
     _choice = enable
+
+
+def current_choice() -> bool | str | None:
+    """Return the choice of this process, as `use_kernels` takes it. An unknown word of the environment is a str."""
+    return _choice
 
 
 def check_choice(name: str, enable: bool | None) -> None:

@@ -62,12 +62,19 @@ def atac_host(
     `save_for_hf(model, ..., model_args=model.replaced_activations.model_args)`.
 
     Raises:
-        ValueError: As in `replace_activations`; `host` is neither a name nor a dict with one; `features_only` for a
-            host without `forward_intermediates`; `rd_ratio` is 'auto' or a number of parameters, which config.json
-            would keep as it is given, and which is another ratio for another number of classes.
+        ValueError: As in `replace_activations`; `host` is neither a name nor a dict with one, or has a
+            `checkpoint_path`; `features_only` for a host without `forward_intermediates`; `rd_ratio` is 'auto' or a
+            number of parameters, which config.json would keep as it is given, and which is another ratio for another
+            number of classes.
     """
     if not (host and isinstance(host, str)) and not (isinstance(host, Mapping) and host.get('model_name')):
         raise ValueError(f"host={host!r}: expected the name of a model, or a dict with it as 'model_name'.")
+    if isinstance(host, Mapping) and 'checkpoint_path' in host:
+        raise ValueError(
+            f'host={host!r}: atac_host takes no checkpoint_path, because a config.json could name any file there, and '
+            f"timm 1.0.21 runs code that is in the file. Give pretrained=True and, in the host's dict, "
+            f"pretrained_cfg_overlay=dict(file='FILE')."
+        )
     selection = Selection(where, saved=not isinstance(where, Mapping))
     builder = {name: kwargs.pop(name) for name in _BUILDER_ARGS if name in kwargs}
     cfg = kwargs.pop('pretrained_cfg', None)
