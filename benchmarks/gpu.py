@@ -18,7 +18,7 @@ What to do with the report:
 3. Where it loses, the report has other tiles. The winners go into the tables of timm_atac/kernels/atac.py, if
    tests/kernels/test_kernel_ops.py and `python benchmarks/kernel_resources.py` accept them. `python
    benchmarks/kernel_tiles.py` measures all tiles.
-4. benchmarks/log.md gets what came of the predictions, and the README the figures and the name of the GPU.
+4. benchmarks/log.md gets what came of the predictions, and docs/speed.md the figures and the name of the GPU.
 """
 
 import argparse

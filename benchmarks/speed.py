@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Time and memory of the ATAC networks relative to timm's, and time of the unit relative to a copy.
 
-    python benchmarks/speed.py                                  # on a CPU: the tables of the README
+    python benchmarks/speed.py                                  # on a CPU: the tables of docs/speed.md
     python benchmarks/speed.py --what units                     # one of the tables
     python benchmarks/speed.py --mode compile --models resnet50 atac_resnet50
     python benchmarks/speed.py --device cuda --batch-size 256 --mode bf16 --rounds 30 --plot speed.png

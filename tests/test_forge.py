@@ -69,6 +69,8 @@ def test_lint_is_that_of_ci() -> None:
     ours = commands(jobs('lint.yml')['lint'])[1:]
     assert ours == ['ruff check .', 'ruff format --check .', 'mypy', 'lint-imports']
     assert set(ours) <= set(checks)
+    (build,) = commands(jobs('lint.yml')['docs'])[1:]
+    assert build in checks[-1]
 
 
 def test_release_names_no_host() -> None:
