@@ -15,6 +15,10 @@ from nbclient import NotebookClient
 from PIL import Image
 
 NOTEBOOK = Path(__file__).parents[1] / 'docs' / 'quickstart.ipynb'
+ENVIRONMENT = {
+    'OMP_NUM_THREADS': '1',  # the same sums on machines with any number of cores
+    'PYTHONWARNINGS': 'ignore:IProgress not found',  # of tqdm without ipywidgets, which huggingface_hub imports
+}
 COLOURS = 128
 """Colours of a picture that is kept. It has a quarter of the bytes then, and looks the same."""
 
@@ -37,12 +41,12 @@ def executed(path: Path, folder: Path) -> Any:
         record_timing=False,
         coalesce_streams=True,  # of a progress bar, only the last state
     )
-    # one thread gives the same sums on machines with any number of cores
-    client.execute(env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    client.execute(env={**os.environ, **ENVIRONMENT})
     notebook.metadata.language_info = {'name': 'python'}  # without the version of Python
     for output in (output for cell in notebook.cells for output in cell.get('outputs', [])):
         data = output.get('data', {})
         if 'image/png' in data:
+            data.pop('image/jpeg', None)  # Pillow makes both
             data['image/png'] = with_few_colours(data['image/png'])
         if 'text/html' in data:
             data['text/plain'] = 'A table'  # what is shown where HTML is not; repr() has no line breaks
