@@ -66,7 +66,7 @@ def test_other_outputs_are_found(kept, new, tolerance, expected) -> None:
 
 
 def test_kept_outputs() -> None:
-    """Each cell ran once, from top to bottom. The outputs show no warning, no path of a machine and no address in memory."""
+    """Each cell ran once, in order. The outputs have no warning, no path of a machine and no address in memory."""
     assert [cell['execution_count'] for cell in CODE] == [*range(1, len(CODE) + 1)]
     kinds = {kind for cell in CODE for output in outputs(cell) for kind in output}
     assert kinds == {'stdout', 'image/png', 'text/html', 'text/plain'}
