@@ -19,8 +19,8 @@ ENVIRONMENT = {
     'OMP_NUM_THREADS': '1',  # the same sums on machines with any number of cores
     'PYTHONWARNINGS': 'ignore:IProgress not found',  # of tqdm without ipywidgets, which huggingface_hub imports
 }
-COLOURS = 128
-"""Colours of a picture that is kept. It has a quarter of the bytes then, and looks the same."""
+COLOURS = 256
+"""Colours of a picture that is kept. It then has a third of the bytes, and looks the same."""
 
 
 def executed(path: Path, folder: Path) -> Any:
