@@ -2,10 +2,11 @@
 
 Links in docs/*.md are those of the repository, `../results/digits.csv`, so that they also work where the repository is
 read. mkdocs only knows files in docs/. So this hook adds the files that are linked, and turns the links into those of
-the site. Those in PAGES become pages of their own. A link to a folder becomes its
-text.
+the site. Those in PAGES become pages of their own, also the notebook,
+with the outputs that it has. A link to a folder becomes its text.
 """
 
+import json
 import posixpath
 import re
 from collections.abc import Callable, Iterator
@@ -21,6 +22,7 @@ PAGES = {
     'SECURITY.md': 'security.md',
     'CONTRIBUTING.md': 'contributing.md',
     'benchmarks/log.md': 'benchmark_log.md',
+    'docs/quickstart.ipynb': 'quickstart.md',
 }
 """File of the repository -> page of the site."""
 
@@ -36,14 +38,14 @@ def on_files(files: Files, config: Any) -> Files:
     for source, page in PAGES.items():
         text = f'# {Path(source).stem.capitalize()}\n\nThere is none yet.\n'
         if (ROOT / source).is_file():
-            text = (ROOT / source).read_text()
+            text = markdown_of(ROOT / source)
         files.append(File.generated(config, page, content=text))
     known = set(PAGES)
     waiting = [posixpath.join('docs', file.src_uri) for file in files.documentation_pages() if file.abs_src_path]
     waiting += [source for source in PAGES if (ROOT / source).is_file()]
     while waiting:
         source = waiting.pop()
-        for path in linked(source, (ROOT / source).read_text()):
+        for path in linked(source, markdown_of(ROOT / source)):
             if path in known or path.startswith('docs/') or not (ROOT / path).is_file():
                 continue
             known.add(path)
@@ -68,6 +70,30 @@ def on_page_content(html: str, **_: Any) -> str:
         return f'<td class="{size}">{content}</td>' if length <= SHORT else f'<td>{content}</td>'
 
     return re.sub(r'<td>(.*?)</td>', cell, html, flags=re.DOTALL)
+
+
+def markdown_of(path: Path) -> str:
+    """Return the text of a Markdown file, or of a notebook as Markdown."""
+    if path.suffix != '.ipynb':
+        return path.read_text(encoding='utf-8')
+    parts = []
+    for cell in json.loads(path.read_text(encoding='utf-8'))['cells']:
+        source = ''.join(cell['source'])
+        parts.append(source if cell['cell_type'] == 'markdown' else f'```python\n{source}\n```')
+        parts += [markdown_of_output(output) for output in cell.get('outputs', [])]
+    parts.append(f'<a href="{path.name}" download>Download the notebook</a>')
+    return '\n\n'.join(parts) + '\n'
+
+
+def markdown_of_output(output: dict[str, Any]) -> str:
+    """Return an output of a notebook as Markdown: a picture, a table or text."""
+    data = output.get('data', {})
+    if 'image/png' in data:
+        return f'<p><img alt="Output" src="data:image/png;base64,{"".join(data["image/png"]).strip()}"></p>'
+    if 'text/html' in data:
+        return ''.join(data['text/html'])
+    text = ''.join(output.get('text') or data['text/plain'])
+    return f'```text\n{text.rstrip()}\n```'
 
 
 def linked(source: str, text: str) -> Iterator[str]:
@@ -95,7 +121,7 @@ def with_site_links(text: str, page: str) -> str:
             return match[0]
         if (ROOT / path).is_dir():
             return match['text'][1:-1]
-        uri = path.removeprefix('docs/') if path.startswith('docs/') else PAGES.get(path, f'files/{path}')
+        uri = PAGES.get(path) or (path.removeprefix('docs/') if path.startswith('docs/') else f'files/{path}')
         _, hash, anchor = target.partition('#')
         return f'{match["text"]}({posixpath.relpath(uri, posixpath.dirname(page) or ".")}{hash}{anchor})'
 

@@ -38,7 +38,14 @@ def test_every_page_is_in_the_navigation() -> None:
     shown = re.findall(r': (\w+\.md)$', text, re.MULTILINE)
     assert len(shown) == len({*shown})
     written = {page.name for page in (ROOT / 'docs').glob('*.md')}
-    outside = {'benchmark_log.md', 'changelog.md', 'contributing.md', 'security.md', 'upgrading.md'}
+    outside = {
+        'benchmark_log.md',
+        'changelog.md',
+        'contributing.md',
+        'quickstart.md',
+        'security.md',
+        'upgrading.md',
+    }
     assert {*shown} - written == outside  # tools/docs_site.py adds them
     assert not written - {*shown}
 
@@ -59,6 +66,8 @@ def test_links_on_the_site() -> None:
         ('results.md', '[a](../results/digits.csv)', '[a](files/results/digits.csv)'),
         ('results.md', '[a](../benchmarks/log.md#tried)', '[a](benchmark_log.md#tried)'),
         ('benchmark_log.md', '[a](../docs/deploy.md)', '[a](deploy.md)'),
+        ('index.md', '[a](quickstart.ipynb)', '[a](quickstart.md)'),
+        ('quickstart.md', '[a](gates.md)', '[a](gates.md)'),
         ('contributing.md', '[`timm_atac/`](timm_atac)', '`timm_atac/`'),
         ('files/results/deploy.md', '[a](../docs/deploy.md)', '[a](../../deploy.md)'),
         (
