@@ -108,7 +108,9 @@ def fine_tune(model: nn.Module, data: ImageData, epochs: int, lr: float, seed: i
 
 
 def table(rows: Sequence[dict[str, str]]) -> str:
-    """Return the rows in Markdown. The first epoch and the last are columns."""
+    """Return the rows in Markdown. The first epoch and the last are columns. Fine-tuned networks hide those without."""
+    trained = {(row['model'], row['variant']) for row in rows if row['accuracies']}
+    rows = [row for row in rows if row['accuracies'] or (row['model'], row['variant']) not in trained]
     lines = [
         ['network', 'activations', 'start', 'rd_ratio', 'parameters', 'right after', 'after 1 epoch', 'at the end']
     ]
