@@ -144,7 +144,7 @@ def test_report_and_dry_run() -> None:
     text = '\n'.join(str(report).splitlines()[-2:])
     assert text == (
         '  start: all units start close to the activations that they replace, with 12 of 24 gates that follow the sign '
-        'of their channel\n'
+        'of their channel (rd_ratio=1: all)\n'
         '  the model is trained: fine-tune it, or train it again. Until then, its accuracy is lower or lost'
     )
     changed: Any = replace_activations(model, example_input=example)

@@ -124,7 +124,7 @@ class Report:
         which = 'all units start' if imitating == units else f'{imitating} of {units} units start'
         return [
             f'  start: {which} close to the activations that they replace, with {following} of {channels} gates that '
-            f'follow the sign of their channel'
+            f'follow the sign of their channel{"" if following == channels else " (rd_ratio=1: all)"}'
         ]
 
     def _warning_of_start(self) -> list[str]:
