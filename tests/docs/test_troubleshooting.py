@@ -166,7 +166,7 @@ def test_transformers(tmp_path) -> None:
 
 @pytest.mark.slow
 def test_program(monkeypatch, tmp_path, capsys) -> None:
-    monkeypatch.setattr('huggingface_hub.get_token', lambda: None)
+    monkeypatch.setattr('timm_atac.hub.push.get_token', lambda: None)
     folder = tmp_path / 'net'
     timm_atac.save_for_hf(timm.create_model('atac_resnet8_cifar'), folder)
     assert main(['push', str(folder), '--repo', 'me/net']) == 1
