@@ -1,14 +1,15 @@
 """Write the model card of a folder, or print the card of a tag.
 
 The command writes README.md from the folder's config.json and the facts in its card.yaml, gates.png if it does not
-exist or --image is given, and card.yaml. README.md is replaced: keep your own text in the facts.
+exist or --image is given, training.png if the facts have a curve, and card.yaml. README.md is replaced: keep your own
+text in the facts.
 
     timm-atac card OUT_DIR --facts card.yaml
     timm-atac card atac_resnet50.open_atac_in1k
 
 The facts are description, name, base_model, license, license_name, license_link, license_note, origin, datasets,
-papers, results, hyperparameters, comparison, citations, picture_credit; hub_configs/ in the package or its repository
-has an example. The command adds the fact weights, a hash of the tensors that the facts describe, and refuses facts of
+papers, results, hyperparameters, curve, comparison, citations, picture_credit; hub_configs/ in the package or its
+repository has an example. The command adds the fact weights, a hash of the tensors that the facts describe, and refuses facts of
 other weights.
 """
 
