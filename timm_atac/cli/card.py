@@ -9,8 +9,8 @@ text in the facts.
 
 The facts are description, name, base_model, license, license_name, license_link, license_note, origin, datasets,
 papers, results, hyperparameters, curve, comparison, citations, picture_credit; hub_configs/ in the package or its
-repository has an example. The command adds the fact weights, a hash of the tensors that the facts describe, and refuses facts of
-other weights.
+repository has an example. The command adds the fact weights, a hash of the tensors that the facts describe, and
+refuses facts of other weights.
 """
 
 import argparse
