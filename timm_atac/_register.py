@@ -52,7 +52,7 @@ def register() -> None:
             _timm.remove_model(name)
             register_model(entry_function)
     for name, layer in activations.items():
-        gain = next(gain for unit, gain in gains.items() if name == unit or name.startswith(f'{unit}_'))
+        gain = next(gain for unit, gain in gains.items() if name.startswith(unit))  # it may end with a norm
         _timm.add_act(name, layer, activations_me.get(name), gain)
     _timm.add_checkpoint_format(checkpoints.reads_checkpoint, checkpoints.load_checkpoint)
 

@@ -2,8 +2,8 @@
 
 Links in docs/*.md are those of the repository, `../results/digits.csv`, so that they also work where the repository is
 read. mkdocs only knows files in docs/. So this hook adds the files that are linked, and turns the links into those of
-the site. Those in PAGES become pages of their own, also the notebook,
-with the outputs that it has. A link to a folder becomes its text.
+the site. The files in PAGES become pages of their own. The notebook is one of them, with the outputs that it has. A
+link to a folder becomes its text.
 """
 
 import json

@@ -48,8 +48,6 @@ def executed(path: Path, folder: Path) -> Any:
         if 'image/png' in data:
             data.pop('image/jpeg', None)  # Pillow makes both
             data['image/png'] = with_few_colours(data['image/png'])
-        if 'text/html' in data:
-            data['text/plain'] = 'A table'  # what is shown where HTML is not; repr() has no line breaks
     return notebook
 
 

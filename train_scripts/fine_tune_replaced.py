@@ -18,7 +18,7 @@ end. SGD with Nesterov's momentum, batches of 128, weight decay 1e-4, a cosine s
 
 import argparse
 import csv
-import os
+import io
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -170,11 +170,10 @@ def read(path: Path) -> list[dict[str, str]]:
 def append(path: Path, row: Sequence[Any]) -> None:
     """Add a row in one write, so that two programs may add rows."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines = [','.join(COLUMNS)] if not path.exists() else []
-    lines.append(','.join(f'"{value}"' if ',' in str(value) else str(value) for value in row))
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    with os.fdopen(descriptor, 'a', encoding='utf-8') as file:
-        file.write('\n'.join(lines) + '\n')
+    lines = io.StringIO()
+    csv.writer(lines, lineterminator='\n').writerows([row] if path.exists() else [COLUMNS, row])
+    with open(path, 'a', encoding='utf-8') as file:
+        file.write(lines.getvalue())
 
 
 if __name__ == '__main__':

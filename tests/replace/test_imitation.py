@@ -192,3 +192,42 @@ def test_no_norm_or_a_sum_before_the_activation() -> None:
 
     report: Any = replace_activations(Sum(), example_input=torch.randn(2, 3, 4, 4)).replaced_activations
     assert report.start.is_trained and report.start.imitating == 0
+
+
+@pytest.mark.parametrize(
+    'change',
+    [
+        lambda x: x * 2,
+        lambda x: x + 1,
+        lambda x: x.flip(1),
+        lambda x: x.unflatten(1, (2, 12)).transpose(1, 2).flatten(1, 2),
+    ],
+    ids=['scaled', 'shifted', 'flipped', 'shuffled'],
+)
+def test_what_changes_the_channels_of_a_norm_is_not_imitated(change: Any) -> None:
+    class Changed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm, self.relu = nn.Conv2d(3, CHANNELS, 1), trained_norm(), nn.ReLU()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.relu(change(self.norm(self.conv(x))))
+
+    report: Any = replace_activations(Changed(), example_input=torch.randn(2, 3, 4, 4)).replaced_activations
+    assert report.start.is_trained and report.start.imitating == 0
+
+
+class Threshold(nn.Module):
+    """An activation that only takes maps of the size that it was made for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.levels = nn.Parameter(torch.zeros(CHANNELS, 4, 4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.maximum(x, self.levels.view(x.shape[1:]))
+
+
+def test_an_activation_that_needs_other_inputs_is_not_imitated() -> None:
+    model: Any = replace_activations(network(Threshold()), where=Threshold, example_input=torch.randn(2, 3, 4, 4))
+    assert isinstance(model[2], ATAC) and model.replaced_activations.start.imitating == 0

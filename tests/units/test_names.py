@@ -107,6 +107,19 @@ def test_the_search_for_a_norm_gives_up(monkeypatch: pytest.MonkeyPatch) -> None
     assert not deferred.host_norm.is_watching and deferred._handle is None and model[1].channels == 8
 
 
+def test_a_container_that_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The modules that contain a unit may be deleted before its width is known."""
+    monkeypatch.setattr(deferred, 'host_norm', HostNorm())
+    inner = nn.Sequential(ATAC())
+    unit = inner[0]
+    outer = nn.Sequential()
+    outer.add_module('inner', inner)
+    (places,) = deferred._waiting.values()
+    places.insert(0, (lambda: None, '0'))  # as the weak reference of a deleted module
+    outer.add_module('conv', nn.Conv2d(8, 4, 1))
+    assert unit.channels == 8
+
+
 def test_replacement_reports_the_norm() -> None:
     report: Any = replace_activations(timm.create_model('convnext_atto'), where='paper', dry_run=True)
     assert report.mixes_images and report.norms == ('BatchNorm2d',)

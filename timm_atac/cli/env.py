@@ -115,7 +115,7 @@ def _registered(timm: Any, disabled: bool) -> str:
 
     models = timm.list_models(module=list(MODULES))
     if models:
-        return f'{len(models)}, {models[0]} to {models[-1]}; act_layer={"atac"!r} is {_act_layer()}'
+        return f"{len(models)}, {models[0]} to {models[-1]}; act_layer='atac' is {_act_layer()}"
     return f'none: {"TIMM_ATAC_DISABLE is set" if disabled else "the registration failed; see the warnings"}'
 
 

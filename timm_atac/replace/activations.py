@@ -101,10 +101,10 @@ def replace_activations(
 
     Returns:
         The model. Its `replaced_activations` is a `Report`, which is also logged, with a warning if a selected
-        activation stays, several places share a unit, or the units bring BatchNorm into a model without it. A timm
-        model can be saved and loaded by timm alone: its `pretrained_cfg` names the architecture 'atac_host', which has
-        the arguments of this function, except for `example_input`, `imitate` and `dry_run`. An `act` without a name
-        cannot be saved. With `dry_run`, the `Report`.
+        activation stays, several places share a unit, the units bring BatchNorm into a model without it, or the model
+        was trained. A timm model can be saved and loaded by timm alone: its `pretrained_cfg` names the architecture
+        'atac_host', which has the arguments of this function, except for `example_input`, `imitate` and `dry_run`. An
+        `act` without a name cannot be saved. With `dry_run`, the `Report`.
 
     Raises:
         ValueError: A part of `where` fits no activation, no selected activation can be replaced, the model does not run

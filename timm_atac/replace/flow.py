@@ -19,9 +19,10 @@ _PRODUCT = re.compile(
     r'^(matmul|__r?matmul__|mm|bmm|baddbmm|einsum|scaled_dot_product_attention|multi_head_attention_forward)$'
 )
 _SCALE = re.compile(r'^(__i?r?(add|mul|sub|truediv)__|(add|mul|sub|div)_?|multiply_?|divide_?)$')
-_KEEPS_VALUES = re.compile(
-    r'dropout|view|reshape|permute|transpose|flatten|squeeze|swap|movedim|moveaxis|roll|^(contiguous|to|type|type_as|'
-    r'clone|detach|float|half|bfloat16|double|pad|__getitem__|__get__|narrow|expand|expand_as)$'
+_COPY = re.compile(r'dropout|^(contiguous|to|type|type_as|clone|detach|float|half|bfloat16|double)$')
+_RESHAPE = re.compile(
+    r'view|reshape|permute|transpose|flatten|squeeze|swap|movedim|moveaxis|roll|^(pad|__getitem__|__get__|narrow|expand|'
+    r'expand_as)$'
 )
 
 
@@ -66,11 +67,16 @@ class Node:
         return _POOL.search(self.name) is not None
 
     @property
+    def is_copy(self) -> bool:
+        """True if the output has the values of the input at the same places: dropout in evaluation, another type."""
+        return len(self.inputs) == 1 and _COPY.search(self.name) is not None
+
+    @property
     def keeps_values(self) -> bool:
         """True for reshaping, dropout, and scaling by something that does not depend on the input of the model."""
         if len(self.inputs) != 1 or self.name == 'activation':
             return False
-        return (_KEEPS_VALUES.search(self.name) or _SCALE.match(self.name)) is not None
+        return (_COPY.search(self.name) or _RESHAPE.search(self.name) or _SCALE.match(self.name)) is not None
 
 
 class Flow:

@@ -88,11 +88,20 @@ def _norm_before(place: Place, unit: nn.Module) -> nn.Module | None:
     if len(place.calls) != 1 or not _can_imitate(unit):
         return None
     node = place.calls[0].source
-    while node is not None and node.keeps_values and node.name != 'batch_norm':
+    while node is not None and node.is_copy:
         node = node.inputs[0]
     norm = node.invocation.module if node is not None and node.name == 'batch_norm' else None
     is_known = isinstance(norm, _BatchNorm) and norm.num_features == place.width[0] and _has_learned(norm)
-    return norm if is_known and place.activation != 'prelu' else None
+    return norm if is_known and _is_elementwise(place.activation, place.width[0]) else None
+
+
+def _is_elementwise(activation: nn.Module | str, channels: int) -> bool:
+    """True if an activation runs on a CPU, and its output has the shape of the input."""
+    x = torch.zeros(2, channels)
+    try:
+        return _values(activation, x).shape == x.shape
+    except Exception:  # other shapes, other arguments or another device: each raises an error of its own
+        return False
 
 
 def _can_imitate(unit: Any) -> bool:
@@ -164,6 +173,7 @@ def _best_gates(x, y, std, density, constant_error) -> tuple[torch.Tensor, ...]:
     return constant_error - error, *torch.tensor(choices).to(x)[best].unbind(1)
 
 
+@torch.no_grad()
 def _values(activation: nn.Module | str, x: torch.Tensor) -> torch.Tensor:
     """Return the activation of x (points, C)."""
     maps = x[:, :, None, None].clone()  # the activation may work in place

@@ -84,6 +84,10 @@ class Report:
             f'<tbody>{body}</tbody></table>{notes}'
         )
 
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        """Show the text in IPython where it cannot show a table."""
+        printer.text(str(self))
+
     def caveats(self) -> str:
         """Return what may surprise, or '': shared units, BatchNorm in a model without it, activations that stay."""
         shared = [r.name for r in self.replaced if r.places > 1]

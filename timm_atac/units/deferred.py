@@ -262,7 +262,7 @@ def _infer_width(unit: ChannelModule, places: list, parent: nn.Module, name: str
         width = width_at(parent, inside, following=(name, module)) if inside is not None else None
     if width is not None:
         _materialize(unit, width)
-        host_norm.watch(unit, unit.place, [known() for known, _ in places])
+        host_norm.watch(unit, unit.place, [module for known, _ in places if (module := known()) is not None])
 
 
 def _check_one_width(unit: ChannelModule, parent: nn.Module, name: str) -> None:
