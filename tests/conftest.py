@@ -2,11 +2,12 @@
 
 import os
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
+import forked
 import pytest
 import torch
 import torch.nn as nn
@@ -48,21 +49,23 @@ class Python(Protocol):
 
 @pytest.fixture
 def python() -> Python:
-    """Run code in a new interpreter: `python(code, *flags, **environment)`. A failure shows its output."""
+    """Run code as in a new interpreter: `python(code, *flags, **environment)`. A failure shows its output.
 
-    def run(code: str, *flags: str, **env: str) -> subprocess.CompletedProcess:
-        inherited = {k: v for k, v in os.environ.items() if not k.startswith(('TIMM_ATAC', 'TORCH_DEVICE_BACKEND'))}
-        result = subprocess.run(
-            [sys.executable, *flags, '-c', code],
-            env={**inherited, **env},
-            capture_output=True,
-            text=True,
-            timeout=240,
-        )
-        assert result.returncode == 0, f'{code}\n{result.stdout}\n{result.stderr}'
-        return result
+    PyTorch is imported already; helpers/forked.py says what that means. `new_python` is the same without it.
+    """
+    return partial(_python, forked.run)
 
-    return run
+
+@pytest.fixture
+def new_python() -> Python:
+    return partial(_python, forked.run_new)
+
+
+def _python(run: Callable, code: str, *flags: str, **env: str) -> subprocess.CompletedProcess:
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(('TIMM_ATAC', 'TORCH_DEVICE_BACKEND'))}
+    result = run(code, flags=flags, env={**inherited, **env})
+    assert result.returncode == 0, f'{code}\n{result.stdout}\n{result.stderr}'
+    return result
 
 
 @pytest.fixture

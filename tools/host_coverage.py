@@ -1,42 +1,27 @@
 """Test ATAC in one model of each of timm's modules, and write the results to docs/coverage.md.
 
-    python tools/host_coverage.py               # all modules; writes the page; an hour on two cores
-    python tools/host_coverage.py levit nfnet   # only prints the rows of these modules
-    python tools/host_coverage.py --paper       # only prints the rows of replace_activations(where='paper')
+    python tools/host_coverage.py                 # all modules; writes the page; an hour and a half on two cores
+    python tools/host_coverage.py --ways paper    # the same of one table of the page; the others stay as they are
+    python tools/host_coverage.py levit nfnet     # only prints the rows of these modules
 
 The model of a module (the host) is its smallest one. It is tested with `act_layer='atac'`, `act_layer=timm_atac.ATAC`
-and `replace_activations`. The modules and models are those of timm's registry, so that new ones are included.
+and `replace_activations`, the last with `where='all'` and `where='paper'`. The modules and models are those of timm's
+registry, so that new ones are included.
 """
 
 import argparse
-import re
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, fields
-from functools import cache, partial
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
-
-sys.path.insert(0, str(Path(__file__).parents[1] / 'tests' / 'helpers'))
+from typing import Any, NamedTuple
 
 import timm
 import torch
-import torch.nn as nn
-from timm_tests import OUR_MODULES
-
-from timm_atac import ATAC, NiN, SEActivation, replace_activations
-from timm_atac.replace.trace import is_activation, trace
-from timm_atac.units.deferred import ChannelModule
-from timm_atac.utils.forward_pass import ForwardError
+from host_checks import NO_ACT_LAYER, Row, by_act_layer, by_paper, by_replacing, check_widths, host_modules
 
 PAGE = Path(__file__).parent.parent / 'docs' / 'coverage.md'
-BATCH = 4  # after an SE module's pooling, BatchNorm has one value per image, and with two values hardly any gradient
-STEPS = 4  # blocks that are the identity at first have no gradient inside in the first step
-NO_ACT_LAYER = 'takes no act_layer'
-_REFUSES_ACT_LAYER = r"unexpected keyword argument\W.*'act_layer'|multiple values for .*'act_layer'"
-
 EVERY_MODEL = '## Every model by `act_layer`'
 EVERY_MODEL_HEAD = """
 {title}
@@ -66,285 +51,24 @@ the host and those of the units. The shapes of `features_only` are compared with
 | takes no `act_layer` | {without} |
 | `replace_activations` | {fit} |
 | `replace_activations` fails; the reason is below | {fails} |
+| `replace_activations`, `where='paper'` | {paper_fit} |
+| `replace_activations`, `where='paper'`, fails; the reason is below | {paper_fails} |
 | has no activation module | {no_modules} |
 
 Layouts after `replace_activations`, in modules: {layouts}.
 """
 
-Make = Callable[..., Any]
+
+class Way(NamedTuple):
+    title: str  # of the table in docs/coverage.md
+    test: Callable[..., Row]  # of a module, and of a model that is not the smallest
 
 
-@dataclass(frozen=True)
-class Row:
-    """A row of the page: the result of one way to put ATAC into one model."""
-
-    module: str
-    model: str
-    way: str  # 'name', 'class', 'replace' or 'paper'; '-' if none works
-    result: str  # 'ok' or the reason
-    units: str = '-'  # number of units, and of all activation modules
-    parameters: str = '-'  # of the host and of the units
-    layouts: str = '-'  # layouts of the units' inputs
-    features: str = '-'  # result of features_only; '-' if the host does not have it
-    se_act: str = '-'  # result of training; '-' for tokens, which have no map to pool
-    nin: str = '-'  # the same
-
-    def __str__(self) -> str:
-        return '| ' + ' | '.join(str(value) for value in vars(self).values()) + ' |'
-
-
-class Failure(Exception):
-    """A host with units does not work."""
-
-
-def host_modules() -> list[str]:
-    return [module for module in timm.list_modules() if module not in OUR_MODULES]
-
-
-@cache
-def by_size(module: str) -> list[str]:
-    """Return the names of a module's models, sorted by their number of parameters."""
-    counts = {}
-    for name in timm.list_models(module=module):
-        with torch.device('meta'):
-            counts[name] = sum(p.numel() for p in timm.create_model(name).parameters())
-    return sorted(counts, key=lambda name: (counts[name], name))
-
-
-def by_act_layer(module: str, model: str | None = None) -> Row:
-    """Test `act_layer` by name, then as a class, with `model` or the smallest model that takes the argument."""
-    names = [model] if model else by_size(module)
-    name = next((name for name in names if takes_act_layer(name)), None)
-    if name is None:
-        return Row(module, names[0], '-', NO_ACT_LAYER)
-    reasons = []
-    for way, acts in (('name', ('atac', 'se_act', 'nin')), ('class', (ATAC, SEActivation, NiN))):
-        row = _row(module, name, way, *(partial(timm.create_model, name, act_layer=act) for act in acts))
-        if row.result == 'ok':
-            return row
-        reasons.append(row.result)
-    different = reasons[0] != reasons[1]
-    return Row(module, name, '-', f'{reasons[0]}; as a class: {reasons[1]}' if different else reasons[0])
-
-
-def by_replacing(module: str, model: str | None = None, where: str = 'all') -> Row:
-    """Test `replace_activations` with `model` or the smallest model."""
-    name = model or by_size(module)[0]
-
-    def make(act: str, **kwargs) -> nn.Module:
-        return replace_activations(timm.create_model(name, **kwargs), act, where=where)
-
-    with torch.device('meta'):
-        if not any(is_activation(m) for m in timm.create_model(name).modules()):
-            return Row(module, name, '-', 'has no activation module')
-    way = 'replace' if where == 'all' else where
-    return _row(module, name, way, *(partial(make, act) for act in ('atac', 'se_act', 'nin')))
-
-
-def by_paper(module: str, model: str | None = None) -> Row:
-    """Test `replace_activations(where='paper')` with `model` or the smallest model."""
-    return by_replacing(module, model, 'paper')
-
-
-def takes_act_layer(name: str) -> bool:
-    """True unless the model refuses the argument `act_layer`. Other errors are found later."""
-    try:
-        with torch.device('meta'):
-            timm.create_model(name, act_layer=nn.ReLU)
-    except TypeError as error:
-        return re.search(_REFUSES_ACT_LAYER, str(error)) is None
-    except Exception:
-        return True
-    return True
-
-
-def _row(module: str, name: str, way: str, make: Make, se_act: Make, nin: Make) -> Row:
-    torch.manual_seed(0)
-    try:
-        x = sample_input(name)
-        model = make()
-        layouts = input_layouts(model, x)
-        result = 'ok' + train_units(model, x)
-        check_state_dict(model, make(), x)
-    except Exception as error:
-        return Row(module, name, way, describe_error(error))
-    inside = {m for unit in units(model) for m in unit.modules()}
-    left = sum(is_activation(m) and m not in inside for m in model.modules())
-    count = len(units(model))
-    added = sum(p.numel() for _, p in unit_parameters(model))
-    others = sum(p.numel() for p in model.parameters()) - added
-    shared = sum(r.places > 1 for r in model.replaced_activations.replaced) if way in ('replace', 'paper') else 0
-    spatial = layouts <= {'NCHW', 'NHWC'}
-    return Row(
-        module,
-        name,
-        way,
-        result,
-        f'{count} of {count + left}' + (f', {shared} shared' if shared else ''),
-        f'{others / 1e6:.2f} M + {added / 1e6:.2f} M',
-        ' '.join(sorted(layouts)),
-        check_features(name, make),
-        try_training(se_act, x) if spatial else '-',
-        try_training(nin, x) if spatial else '-',
-    )
-
-
-def units(model: nn.Module) -> list[ChannelModule]:
-    return [m for m in model.modules() if isinstance(m, ChannelModule)]
-
-
-def input_layouts(model: nn.Module, x: torch.Tensor) -> set[str]:
-    """Return the layouts of the units' inputs in a forward pass.
-
-    Raises:
-        Failure: The model has no unit, or a unit is for another width or layout than that of its input.
-    """
-    traced: set[nn.Module] = set(units(model))
-    if not traced:
-        raise Failure('takes act_layer but creates no activation from it')
-    layouts = set()
-    for invocation, call in trace(model, (x,), traced).calls():
-        unit = call.activation
-        if isinstance(unit, ChannelModule):
-            if call.width is None:
-                raise Failure(f'{type(invocation.module).__name__} calls a unit with {call.shape}, of unknown layout')
-            channels, input_fmt = call.width
-            last = [fmt in ('NHWC', 'NLC') for fmt in (input_fmt, unit.input_fmt)]
-            if channels != unit.channels or (last[0] != last[1] and len(call.shape) > 2):
-                raise Failure(f'a unit for {unit.channels} channels in {unit.input_fmt} gets {channels} in {input_fmt}')
-            layouts.add(input_fmt)
-    return layouts
-
-
-def train_units(model: nn.Module, x: torch.Tensor) -> str:
-    """Train until every parameter of every unit has changed.
-
-    Returns:
-        '', or the number of units that cannot change because the host gives them a constant input.
-
-    Raises:
-        Failure: Parameters of other units have not changed after `STEPS` steps.
-    """
-    model.train()
-    start = {k: p.detach().clone() for k, p in unit_parameters(model)}
-    # RMSprop's steps do not depend on the size of the gradient, and it has one state per parameter, of up to 412 M
-    optimizer = torch.optim.RMSprop(model.parameters(), lr=1e-3, alpha=0.0, eps=1e-30)
-    with torch.no_grad():
-        target = torch.randn_like(output(model, x))
-    unchanged: list[str] = []
-    for _ in range(STEPS):
-        (output(model, x) - target).square().mean().backward()
-        optimizer.step()
-        model.zero_grad()
-        unchanged = [k for k, p in unit_parameters(model) if torch.equal(p, start[k])]
-        if not unchanged:
-            return ''
-    constant = with_constant_input(model, x)
-    unexplained = [k for k in unchanged if not k.startswith(tuple(f'{name}.' for name in constant))]
-    why = f'{len(constant)} units get a constant input'
-    if unexplained:
-        also = f'; {why}' if constant else ''
-        raise Failure(f'{len(unexplained)} of {len(start)} parameters of units do not change{also}: {unexplained[:3]}')
-    return f'; {why}'
-
-
-def with_constant_input(model: nn.Module, x: torch.Tensor) -> list[str]:
-    """Return the names of the units whose input is the same at every position of every image."""
-    names = {unit: name for name, unit in model.named_modules() if isinstance(unit, ChannelModule)}
-    varies: Counter[str] = Counter()
-
-    def compare(unit: ChannelModule, args: tuple) -> None:
-        rows = args[0].detach().transpose(1 if unit.input_fmt in ('NCHW', 'NCL') else -1, -1).flatten(0, -2)
-        varies[names[unit]] += int((rows - rows[:1]).abs().max() > 1e-6)
-
-    handles = [unit.register_forward_pre_hook(compare) for unit in names]
-    with torch.no_grad():
-        model(x)
-    for handle in handles:
-        handle.remove()
-    return [name for name, count in varies.items() if not count]
-
-
-def check_state_dict(model: nn.Module, other: nn.Module, x: torch.Tensor) -> None:
-    """Load the state dict of `model` into `other`, and raise `Failure` if their outputs differ."""
-    other.load_state_dict(model.state_dict())
-    with torch.no_grad():
-        if not torch.allclose(output(other.eval(), x), output(model.eval(), x), rtol=1e-4, atol=1e-5):
-            raise Failure('the output differs after loading the state dict')
-
-
-def try_training(make: Make, x: torch.Tensor) -> str:
-    try:
-        return 'ok' + train_units(make(), x)
-    except Exception as error:
-        return describe_error(error)
-
-
-def unit_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    for name, unit in model.named_modules():
-        if isinstance(unit, ChannelModule):
-            yield from ((f'{name}.{k}', p) for k, p in unit.named_parameters())
-
-
-def sample_input(name: str) -> torch.Tensor:
-    """Return a random batch in the first of a few small sizes that the model accepts.
-
-    Patches and windows must divide the size.
-    """
-    cfg: Any = timm.get_pretrained_cfg(name)
-    channels, *size = cfg.input_size
-    for small in () if cfg.fixed_input_size else (128, 112, 192):
-        smaller = [min(s, small) for s in size]
-        try:
-            with torch.device('meta'):
-                timm.create_model(name).eval()(torch.zeros(BATCH, channels, *smaller))
-        except Exception:
-            continue
-        return torch.randn(BATCH, channels, *smaller)
-    return torch.randn(BATCH, channels, *size)
-
-
-def output(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    y = model(x)
-    return torch.cat([t.flatten(1) for t in (y if isinstance(y, (tuple, list)) else [y])], 1)
-
-
-def check_features(name: str, make: Make) -> str:
-    try:
-        host = timm.create_model(name, features_only=True)
-    except Exception:
-        return '-'
-    x = sample_input(name)
-    try:
-        with torch.no_grad():
-            shapes = [f.shape for f in make(features_only=True)(x)]
-            return 'ok' if shapes == [f.shape for f in host(x)] else f'{shapes}'
-    except Exception as error:
-        return describe_error(error)
-
-
-def describe_error(error: BaseException) -> str:
-    if isinstance(error, ForwardError) and error.__cause__ is not None:
-        error = error.__cause__  # the exception that the model raised
-    text = str(error) if isinstance(error, Failure) else f'{type(error).__name__}: {error}'
-    return re.sub(r'\s+', ' ', text).replace('|', '/')
-
-
-def check_widths(name: str) -> tuple[str, str, str]:
-    """Check the widths of a model's units on the meta device. Return its name, the way, and 'ok' or the reason."""
-    if not takes_act_layer(name):
-        return name, '-', NO_ACT_LAYER
-    x = torch.zeros(2, *timm.get_pretrained_cfg(name).input_size, device='meta')  # type: ignore[union-attr]
-    result = ''
-    for way, act in (('name', 'atac'), ('class', ATAC)):
-        try:
-            with torch.device('meta'):
-                model = timm.create_model(name, act_layer=act)
-            input_layouts(model, x)
-            return name, way, 'ok'
-        except Exception as error:
-            result = result or describe_error(error)
-    return name, '-', result
+WAYS = {
+    'act_layer': Way('By `act_layer`', by_act_layer),
+    'replace': Way('By `replace_activations`', by_replacing),
+    'paper': Way("By `replace_activations`, `where='paper'`", by_paper),
+}
 
 
 def _call(job: tuple[Callable[[str], Any], str]) -> Any:
@@ -353,11 +77,12 @@ def _call(job: tuple[Callable[[str], Any], str]) -> Any:
     return function(name)
 
 
-def all_rows(modules: Iterable[str], workers: int) -> Iterator[Row]:
-    """Yield the rows of all modules with `act_layer`, then those with `replace_activations`."""
-    modules = list(modules)
+def walk(ways: Iterable[str], modules: Iterable[str], workers: int) -> Iterator[tuple[str, Row]]:
+    """Test each module in each way of `WAYS`. Yield the way and the row."""
+    jobs = [(way, module) for way in ways for module in modules]
     with ProcessPoolExecutor(workers) as pool:
-        yield from pool.map(_call, [(way, module) for way in (by_act_layer, by_replacing) for module in modules])
+        rows = pool.map(_call, [(WAYS[way].test, module) for way, module in jobs])
+        yield from zip((way for way, _ in jobs), rows, strict=True)
 
 
 def all_models(workers: int) -> list[tuple[str, str, str]]:
@@ -382,14 +107,14 @@ def all_models_text(models: list[tuple[str, str, str]]) -> str:
     return text + ''.join(f'| {name} | {result} |\n' for name, result in refused)
 
 
-def page_text(rows: list[Row], version: str = timm.__version__) -> str:
-    """Return the text of docs/coverage.md without its last section."""
-    named, replaced = rows[: len(rows) // 2], rows[len(rows) // 2 :]
+def page_text(tables: dict[str, list[Row]], version: str = timm.__version__) -> str:
+    """Return the text of docs/coverage.md without its last section. `tables` has the rows of each way of `WAYS`."""
+    named, replaced = tables['act_layer'], tables['replace']
     ways = Counter(row.way for row in named)
     without = [row for row in named if row.way == '-' and row.result == NO_ACT_LAYER]
     refused = [row for row in named if row.way == '-' and row.result != NO_ACT_LAYER]
-    fit = [row for row in replaced if row.way == 'replace' and row.result.startswith('ok')]
-    no_modules = [row for row in replaced if row.way == '-']
+    fit, fails = _fit_and_fails(replaced)
+    paper_fit, paper_fails = _fit_and_fails(tables['paper'])
     layouts = Counter(layout for row in fit for layout in row.layouts.split())
     text = HEAD.format(
         modules=len(named),
@@ -399,35 +124,59 @@ def page_text(rows: list[Row], version: str = timm.__version__) -> str:
         refused=len(refused),
         without=len(without),
         fit=len(fit),
-        fails=len(replaced) - len(fit) - len(no_modules),
-        no_modules=len(no_modules),
+        fails=len(fails),
+        paper_fit=len(paper_fit),
+        paper_fails=len(paper_fails),
+        no_modules=sum(row.way == '-' for row in replaced),
         layouts=', '.join(f'{layout} in {n}' for layout, n in sorted(layouts.items())),
     )
-    for title, part in (('By `act_layer`', named), ('By `replace_activations`', replaced)):
+    for way in WAYS:
         columns = ' | '.join('features_only' if f.name == 'features' else f.name for f in fields(Row))
-        text += f'\n## {title}\n\n| {columns} |\n| {" | ".join("---" for _ in fields(Row))} |\n'
-        text += ''.join(f'{row}\n' for row in part)
+        text += f'\n## {WAYS[way].title}\n\n| {columns} |\n| {" | ".join("---" for _ in fields(Row))} |\n'
+        text += ''.join(f'{row}\n' for row in tables[way])
     return text
 
 
-if __name__ == '__main__':
+def _fit_and_fails(rows: Iterable[Row]) -> tuple[list[Row], list[Row]]:
+    """Return the rows of models that work and of those that do not. Models without activations are in neither."""
+    tested = [row for row in rows if row.way != '-']
+    return [r for r in tested if r.result.startswith('ok')], [r for r in tested if not r.result.startswith('ok')]
+
+
+def read_page() -> dict[str, list[Row]]:
+    """Return the rows of docs/coverage.md of each way."""
+    tables: dict[str, list[Row]] = {way: [] for way in WAYS}
+    titles = {way.title: name for name, way in WAYS.items()}
+    title = ''
+    for line in PAGE.read_text().splitlines():
+        if line.startswith('## '):
+            title = line.removeprefix('## ')
+        elif title in titles and line.startswith('| ') and not line.startswith(('| module ', '| --- ')):
+            tables[titles[title]].append(Row(*line.strip('| ').split(' | ')))
+    return tables
+
+
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('modules', nargs='*', help='modules of timm (default: all of them, and the page is written)')
+    parser.add_argument('--ways', nargs='+', choices=WAYS, default=list(WAYS), help='default: all')
     parser.add_argument('--workers', type=int, default=2, help='number of processes (default: 2)')
-    parser.add_argument(
-        '--paper', action='store_true', help="only print the rows of replace_activations(where='paper')"
-    )
     args = parser.parse_args()
-    if args.paper:
-        with ProcessPoolExecutor(args.workers) as pool:
-            for row in pool.map(_call, [(by_paper, module) for module in args.modules or host_modules()]):
-                print(row, flush=True)
-        sys.exit()
-    rows = []
-    for row in all_rows(args.modules or host_modules(), args.workers):
+    tables: dict[str, list[Row]] = {way: [] for way in args.ways}
+    for way, row in walk(args.ways, args.modules or host_modules(), args.workers):
         print(row, flush=True)
-        rows.append(row)
-    if not args.modules:
-        PAGE.parent.mkdir(exist_ok=True)
-        PAGE.write_text(page_text(rows) + all_models_text(all_models(args.workers)))
-        print(f'Wrote {PAGE}')
+        tables[way].append(row)
+    if args.modules:
+        return
+    if 'act_layer' in args.ways:
+        every_model = all_models_text(all_models(args.workers))
+    else:
+        every_model = PAGE.read_text()[PAGE.read_text().index(f'\n{EVERY_MODEL}\n') :]
+    if set(args.ways) != set(WAYS):
+        tables = {**read_page(), **tables}
+    PAGE.write_text(page_text(tables) + every_model)
+    print(f'Wrote {PAGE}')
+
+
+if __name__ == '__main__':
+    main()

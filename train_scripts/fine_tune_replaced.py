@@ -108,9 +108,16 @@ def fine_tune(model: nn.Module, data: ImageData, epochs: int, lr: float, seed: i
 
 
 def table(rows: Sequence[dict[str, str]]) -> str:
-    """Return the rows in Markdown. The first epoch and the last are columns. Fine-tuned networks hide those without."""
+    """Return the rows in Markdown, by network and in the order of `VARIANTS`.
+
+    The first epoch and the last are columns. Rows of networks that were only tested are left out, if the same network
+    was also fine-tuned.
+    """
     trained = {(row['model'], row['variant']) for row in rows if row['accuracies']}
     rows = [row for row in rows if row['accuracies'] or (row['model'], row['variant']) not in trained]
+    models = [row['model'] for row in rows]
+    order = {variant: i for i, variant in enumerate(VARIANTS)}
+    rows = sorted(rows, key=lambda row: (models.index(row['model']), order.get(row['variant'], len(order))))
     lines = [
         ['network', 'activations', 'start', 'rd_ratio', 'parameters', 'right after', 'after 1 epoch', 'at the end']
     ]

@@ -27,6 +27,7 @@ def run(monkeypatch, capsys):
     return run_program
 
 
+@pytest.mark.slow
 def test_table(run, tmp_path) -> None:
     file = tmp_path / 'deploy.md'
     lines = run('--forms', 'eager', 'fuse', '--output', str(file))

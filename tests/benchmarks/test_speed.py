@@ -54,6 +54,7 @@ def test_bytes_kept() -> None:
         assert bytes_kept(lambda: conv(x), conv) == 0
 
 
+@pytest.mark.slow
 def test_shapes_are_those_of_the_networks() -> None:
     shapes = speed.shapes()
     assert {(64, 56, 56), (128, 28, 28), (256, 14, 14), (512, 7, 7), (16, 32, 32), (64, 8, 8)} < set(shapes)

@@ -89,6 +89,7 @@ def test_every_layer_is_there_with_its_gates() -> None:
         assert axes.get_xlabel().endswith(f'model{panel.name.removeprefix(LONG)}  {panel.shape}')
 
 
+@pytest.mark.slow
 def test_colour_bar_only_with_a_map() -> None:
     def bars(found: list[Panel]) -> int:
         figure = rendered(draw(np.zeros((8, 8)), found, None))

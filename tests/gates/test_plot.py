@@ -19,6 +19,7 @@ def draw(gates: dict[str, torch.Tensor], image: Any, path: Any, title: str | Non
         return np.asarray(picture.convert('RGB')).astype(int)
 
 
+@pytest.mark.slow
 def test_the_map_follows_the_gates(tmp_path) -> None:
     """The gates are high in one corner, or by a rotation in the opposite one: only these corners of the map differ."""
     gates = torch.full((1, 4, 8, 8), 0.4)

@@ -9,6 +9,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import timm
 import torch
@@ -129,6 +130,7 @@ def test_results_csv(tag) -> None:
 
 
 # Runs the blocks of a card in one process, each in a namespace of its own, beside an image.
+PUSH = 'import sys; from timm_atac.cli import main; sys.exit(main(["push", *sys.argv[1:]]))'
 RUN = """
 import json, sys
 for block in json.load(open(sys.argv[1])):
@@ -148,8 +150,8 @@ def test_code_runs(tag, tmp_path) -> None:
     repo = check_folder(folder, 'me/net').repo
     with LoopbackHub(tokens={'hf_right': 'me'}) as hub:
         env = {**hub.environment(tmp_path / 'home'), 'TIMM_ATAC_HUB_ORG': '', 'PIP_NO_INDEX': '1'}
-        push = [sys.executable, '-m', 'timm_atac.cli', 'push', folder, '--repo', repo, '--yes']
-        subprocess.run(push, env=env, check=True, capture_output=True)
+        pushed = forked.run(PUSH, str(folder), '--repo', repo, '--yes', env=env)
+        assert pushed.returncode == 0, pushed.stderr
         card = hub.files('me/net')['README.md'].decode()
         assert len(re.findall('^```', card, re.MULTILINE)) % 2 == 0
         languages = re.findall(r'^```(\w+)$', card, re.MULTILINE)
@@ -164,9 +166,7 @@ def test_code_runs(tag, tmp_path) -> None:
         pixels = torch.randint(0, 256, (300, 250, 3), dtype=torch.uint8, generator=rng)
         Image.fromarray(pixels.numpy()).save(tmp_path / 'image.jpg')
         (tmp_path / 'blocks.json').write_text(json.dumps(blocks(card, 'python')))
-        result = subprocess.run(
-            [sys.executable, '-c', RUN, 'blocks.json'], cwd=tmp_path, env=env, capture_output=True, text=True
-        )
+        result = forked.run(RUN, 'blocks.json', cwd=tmp_path, env=env)
         assert result.returncode == 0, result.stderr
     shapes = re.findall(r'^torch.Size\(\[(.*)\]\)$', result.stdout, re.MULTILINE)
     assert shapes == re.findall(r'^    # \((.*)\)$', card, re.MULTILINE)

@@ -65,6 +65,7 @@ def card_of(model: Any, folder: Path) -> str:
     return (folder / 'README.md').read_text()
 
 
+@pytest.mark.slow
 def test_published_weights(tmp_path) -> None:
     card = card_of(create(), tmp_path)
     assert f'# Model card for {NAME}\n' in card
@@ -72,6 +73,7 @@ def test_published_weights(tmp_path) -> None:
     assert check_folder(tmp_path, 'me/net').name == NAME
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('change', ['random', 'another head', 'one value'])
 def test_other_weights(change, tmp_path, capsys) -> None:
     model = create(seed=change == 'random', num_classes=3 if change == 'another head' else 10)
@@ -87,6 +89,7 @@ def test_other_weights(change, tmp_path, capsys) -> None:
     assert check_folder(tmp_path, 'me/net').name == 'atac_resnet8_cifar'
 
 
+@pytest.mark.slow
 def test_fine_tuned_weights(tmp_path) -> None:
     model = create()
     record_source(model, NAME, tensor_hash(model.state_dict()))
@@ -98,6 +101,7 @@ def test_fine_tuned_weights(tmp_path) -> None:
     assert '87.65' not in card and 'model-index' not in card
 
 
+@pytest.mark.slow
 def test_card_yaml_asks(tmp_path) -> None:
     """The questions are comments. Once they are answered, they are no longer asked."""
     card_of(create(seed=1), tmp_path)
@@ -118,6 +122,7 @@ def replace_weights(folder: Path) -> None:
     save_file(state_dict, folder / 'model.safetensors')
 
 
+@pytest.mark.slow
 def test_facts_of_other_weights(tmp_path) -> None:
     """The folder of a card is written again with other weights, as after more training."""
     folder = tmp_path / 'net'
@@ -143,6 +148,7 @@ def test_facts_of_other_weights(tmp_path) -> None:
     assert check_folder(folder, 'me/net').license == 'mit'
 
 
+@pytest.mark.slow
 def test_the_picture_of_other_weights_is_drawn_again(tmp_path) -> None:
     export(create(seed=1), tmp_path / 'net')
     replace_weights(tmp_path / 'net')
@@ -150,6 +156,7 @@ def test_the_picture_of_other_weights_is_drawn_again(tmp_path) -> None:
     assert 'gates.png' not in write_card(tmp_path / 'net')
 
 
+@pytest.mark.slow
 def test_training_curve(tmp_path) -> None:
     folder = tmp_path / 'net'
     curve = {'training loss': [1.5, 1.0, 0.75], 'test accuracy (%)': [40, 55.5, 60.0]}

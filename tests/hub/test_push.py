@@ -2,11 +2,11 @@
 
 import json
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import timm
 import torch
@@ -73,14 +73,7 @@ def run(hub, tmp_path) -> Run:
     """Run code as a user of the Hub: `run(code, *arguments, token=..., **environment)`."""
 
     def run(code: str, *args: object, token: str | None = None, **env: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, '-c', code, *map(str, args)],
-            env={**hub.environment(tmp_path / 'home', token), **env},
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=240,
-        )
+        return forked.run(code, *map(str, args), env={**hub.environment(tmp_path / 'home', token), **env})
 
     return run
 

@@ -229,6 +229,7 @@ def test_inputs_in_place_are_cloned() -> None:
     assert torch.equal(x, given)
 
 
+@pytest.mark.slow
 def test_weights_on_meta_are_not_compared(caplog) -> None:
     model = timm.create_model('atac_resnet8_cifar', device='meta')
     fused: Any = fuse(model)

@@ -201,6 +201,7 @@ def test_whatever_was_done_to_a_unit(change) -> None:
     torch.testing.assert_close(fuse(model)(x), model(x), rtol=1e-12, atol=1e-11)
 
 
+@pytest.mark.slow
 def test_units_in_a_plain_list_are_fused() -> None:
     model = with_random_norms(timm.create_model('atac_resnet18'))
     _by_lists(model)

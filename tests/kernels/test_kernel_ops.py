@@ -234,7 +234,7 @@ def test_without_triton(monkeypatch) -> None:
 
 
 @pytest.mark.slow
-def test_triton_that_does_not_load(tmp_path, python) -> None:
+def test_triton_that_does_not_load(tmp_path, new_python) -> None:
     """The import error is raised when the kernels are enabled."""
     (tmp_path / 'triton').mkdir()
     (tmp_path / 'triton' / '__init__.py').write_text("raise ImportError('no libtriton.so')")
@@ -250,7 +250,7 @@ else:
 arguments = torch.randn(2, 4, 3, 3), torch.randn(2, 4), torch.randn(2), torch.randn(4, 2), torch.randn(4)
 assert torch.equal(atac.atac(*arguments), atac.formula(*arguments))
 """
-    python(code, PYTHONPATH=str(tmp_path), TRITON_INTERPRET='1')
+    new_python(code, PYTHONPATH=str(tmp_path), TRITON_INTERPRET='1')
 
 
 def test_wrong_choices() -> None:
@@ -342,6 +342,7 @@ def test_vectorised_jacobian(on_the_cpu) -> None:
     torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.slow
 def test_fx(on_the_cpu) -> None:
     model, x, expected = model_and_images()
     graph = torch.fx.symbolic_trace(model)

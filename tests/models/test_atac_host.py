@@ -170,6 +170,7 @@ def test_weights_of_the_host(tmp_path) -> None:
     assert model.num_classes == 7
 
 
+@pytest.mark.slow
 def test_weights_from_a_file(tmp_path) -> None:
     model = randomise(timm.create_model('atac_host', host='test_resnet', num_classes=7))
     save(model, tmp_path)
@@ -202,6 +203,7 @@ def test_another_image_size_than_was_saved(tmp_path) -> None:
     assert again(images(2, 3, 128, 128)).shape == (2, 1000)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('overlay', [{'num_classes': 7}, {'input_size': (1, 160, 160)}, {'input_size': (3, 96, 96)}])
 def test_overlay_is_the_hosts(overlay) -> None:
     host: Any = timm.create_model('test_vit', pretrained_cfg_overlay=overlay)

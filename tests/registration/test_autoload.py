@@ -1,4 +1,4 @@
-"""Registration without an import, in fresh interpreters."""
+"""Registration without an import, in new interpreters where the import of PyTorch matters, else in forked ones."""
 
 import copy
 import inspect
@@ -46,8 +46,8 @@ IMPORT_ORDERS = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize('imports', IMPORT_ORDERS)
-def test_import_order(python, imports) -> None:
-    result = python(imports + WITH_US, '-W', 'error')
+def test_import_order(new_python, imports) -> None:
+    result = new_python(imports + WITH_US, '-W', 'error')
     assert result.stdout == 'registered\n'
     assert 'timm_atac' not in result.stderr
 
@@ -55,11 +55,11 @@ def test_import_order(python, imports) -> None:
 LIGHT = ('_files', 'cli', 'weights.params', 'weights.published')
 
 
-def test_light_modules(python) -> None:
+def test_light_modules(new_python) -> None:
     """Modules that need neither torch nor timm import neither."""
     imports = ', '.join(f'timm_atac.{name}' for name in LIGHT)
     code = f'import sys, {imports}; print([m for m in ("torch", "timm", "timm_atac.units.atac") if m in sys.modules])'
-    assert python(code).stdout == '[]\n'
+    assert new_python(code).stdout == '[]\n'
 
 
 @pytest.mark.slow
@@ -88,24 +88,24 @@ def third_party(python, module: str) -> set[str]:
     return found - sys.stdlib_module_names - {module.split('.')[0]}
 
 
-def test_imports_the_standard_library_only(python) -> None:
-    assert third_party(python, 'timm_atac') == set()
-    assert third_party(python, 'timm_atac._autoload') == set()
+def test_imports_the_standard_library_only(new_python) -> None:
+    assert third_party(new_python, 'timm_atac') == set()
+    assert third_party(new_python, 'timm_atac._autoload') == set()
 
 
 @pytest.mark.slow
-def test_the_test_above_can_fail(python) -> None:
-    assert {'torch', 'numpy'} <= third_party(python, 'timm_atac.units.atac')
+def test_the_test_above_can_fail(new_python) -> None:
+    assert {'torch', 'numpy'} <= third_party(new_python, 'timm_atac.units.atac')
 
 
 @pytest.mark.slow
-def test_torch_brings_no_timm(python) -> None:
+def test_torch_brings_no_timm(new_python) -> None:
     code = 'import torch, sys; print(sorted(m for m in sys.modules if m.startswith("timm")))'
-    assert python(code).stdout == "['timm_atac', 'timm_atac._autoload']\n"
+    assert new_python(code).stdout == "['timm_atac', 'timm_atac._autoload']\n"
 
 
 @pytest.mark.slow
-def test_leaves_the_import_system_as_it_was_but_for_one_hook(python) -> None:
+def test_leaves_the_import_system_as_it_was_but_for_one_hook(new_python) -> None:
     code = """
         import sys
         import torch
@@ -123,7 +123,7 @@ def test_leaves_the_import_system_as_it_was_but_for_one_hook(python) -> None:
         sys.meta_path = [f for f in sys.meta_path if type(f).__module__ != 'timm_atac._autoload']
         print(armed, [f if isinstance(f, type) else type(f) for f in sys.meta_path])
     """
-    ours, theirs = python(dedent(code)).stdout, python(dedent(code), TIMM_ATAC_DISABLE='1').stdout
+    ours, theirs = new_python(dedent(code)).stdout, new_python(dedent(code), TIMM_ATAC_DISABLE='1').stdout
     assert (ours[0], theirs[0]) == ('1', '0')
     assert ours[1:] == theirs[1:]
 

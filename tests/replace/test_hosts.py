@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+import host_checks
 import host_coverage
 import pytest
 import timm
@@ -14,8 +15,6 @@ from packaging.version import Version
 
 FEW = 2  # modules with at most 2 models: the smallest is determined in every run
 SMALL = 0.5  # models with at most 0.5 million parameters are tested in every run, all others with --all-hosts
-QUICK = {'By `act_layer`': SMALL, 'By `replace_activations`': 0.4}  # the same, with -m 'not slow'
-WAYS = {'By `act_layer`': host_coverage.by_act_layer, 'By `replace_activations`': host_coverage.by_replacing}
 PAGE = host_coverage.PAGE.read_text()
 TIMM = PAGE.splitlines()[0].split()[-1]
 
@@ -24,47 +23,34 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def table() -> dict[tuple[str, str], str]:
-    """Return the rows of the page by title and module."""
-    rows, title = {}, ''
-    for line in PAGE.splitlines():
-        if line == host_coverage.EVERY_MODEL:
-            break
-        if line.startswith('## '):
-            title = line.removeprefix('## ')
-        elif title and line.startswith('| ') and not line.startswith(('| module ', '| --- ')):
-            rows[title, line.split(' | ')[0].removeprefix('| ')] = line
-    return rows
+def table() -> dict[tuple[str, str], host_checks.Row]:
+    """Return the rows of the page by way and module."""
+    return {(way, row.module): row for way, rows in host_coverage.read_page().items() for row in rows}
 
 
-def millions(row: str) -> float:
+def millions(row: host_checks.Row) -> float:
     """Return the host's parameters in millions; infinity if the row does not have them."""
-    found = re.match(r'([\d.]+) M \+', row.split(' | ')[5])
+    found = re.match(r'([\d.]+) M \+', row.parameters)
     return float(found[1]) if found else math.inf
 
 
 def cases() -> Iterator:
-    for (title, module), row in table().items():
-        marks = []
-        if millions(row) > QUICK[title]:
-            marks.append(pytest.mark.slow)
-        if millions(row) > SMALL:
-            marks.append(pytest.mark.all_hosts)
-        yield pytest.param(title, module, marks=marks, id=f'{WAYS[title].__name__}-{module}')
+    for (way, module), row in table().items():
+        marks = [pytest.mark.all_hosts] if millions(row) > SMALL else []
+        yield pytest.param(way, module, marks=marks, id=f'{way}-{module}')
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('title, module', list(cases()))
+@pytest.mark.parametrize('way, module', list(cases()))
 @pytest.mark.timeout(1800)
-def test_row(title, module) -> None:
-    row = table()[title, module]
-    model = row.split(' | ')[1]
-    assert str(WAYS[title](module, model)) == row, 'run python tools/host_coverage.py'
+def test_row(way, module) -> None:
+    row = table()[way, module]
+    assert host_coverage.WAYS[way].test(module, row.model) == row, 'run python tools/host_coverage.py'
 
 
 def modules() -> Iterator:
     """Yield all modules. Those with many models are slow, since all are built to find the smallest."""
-    for module in host_coverage.host_modules():
+    for module in host_checks.host_modules():
         few = len(timm.list_models(module=module)) <= FEW
         yield pytest.param(module, marks=[] if few else [pytest.mark.slow, pytest.mark.all_hosts])
 
@@ -73,22 +59,21 @@ def modules() -> Iterator:
 @pytest.mark.parametrize('module', list(modules()))
 def test_row_is_of_the_smallest_model(module) -> None:
     rows = table()
-    names = host_coverage.by_size(module)
-    smallest = next((name for name in names if host_coverage.takes_act_layer(name)), names[0])
-    assert rows['By `act_layer`', module].split(' | ')[1] == smallest
-    assert rows['By `replace_activations`', module].split(' | ')[1] == names[0]
+    names = host_checks.by_size(module)
+    smallest = next((name for name in names if host_checks.takes_act_layer(name)), names[0])
+    assert rows['act_layer', module].model == smallest
+    assert rows['replace', module].model == rows['paper', module].model == names[0]
 
 
 def test_text_of_the_page() -> None:
     """The page without its last section is what `page_text` returns for its rows."""
-    rows = [host_coverage.Row(*row.strip('| ').split(' | ')) for row in table().values()]
-    assert PAGE.startswith(host_coverage.page_text(rows, TIMM))
+    assert PAGE.startswith(host_coverage.page_text(host_coverage.read_page(), TIMM))
 
 
 def test_every_module_has_rows() -> None:
     rows = table()
-    for title in WAYS:
-        missing = [module for module in host_coverage.host_modules() if (title, module) not in rows]
+    for way in host_coverage.WAYS:
+        missing = [module for module in host_checks.host_modules() if (way, module) not in rows]
         assert not missing, 'run python tools/host_coverage.py'
     assert sum(millions(row) <= SMALL for row in rows.values()) >= 12
 
@@ -99,24 +84,6 @@ def test_every_module_has_rows() -> None:
 def test_every_model() -> None:
     text = host_coverage.all_models_text(host_coverage.all_models(workers=2))
     assert PAGE.endswith(text), 'run python tools/host_coverage.py'
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    'module, model',
-    [
-        ('resnet', 'test_resnet'),
-        ('efficientnet', 'test_efficientnet'),
-        ('nfnet', 'test_nfnet'),
-        ('vision_transformer', 'test_vit'),
-        ('byobnet', 'test_byobnet'),
-    ],
-)
-def test_placement_of_the_paper(module, model) -> None:
-    if not timm.is_model(model):
-        pytest.skip(f'this timm has no {model}')
-    row = host_coverage.by_paper(module, model)
-    assert (row.way, row.result) == ('paper', 'ok')
 
 
 @pytest.mark.slow
@@ -139,7 +106,7 @@ def test_placement_of_the_paper(module, model) -> None:
 def test_widths(name, way, result) -> None:
     if not timm.is_model(name):
         pytest.skip(f'this timm has no {name}')
-    found = host_coverage.check_widths(name)
+    found = host_checks.check_widths(name)
     assert found[:2] == (name, way)
     assert found[2].startswith(result)
 
@@ -147,23 +114,23 @@ def test_widths(name, way, result) -> None:
 def test_wrong_width_is_found() -> None:
     """`input_layouts` finds a unit that is for another number of channels or for another layout."""
     model = timm.create_model('test_resnet', act_layer='atac')
-    x = host_coverage.sample_input('test_resnet')
-    assert host_coverage.input_layouts(model, x) == {'NCHW'}
-    unit: Any = host_coverage.units(model)[0]
+    x = host_checks.sample_input('test_resnet')
+    assert host_checks.input_layouts(model, x) == {'NCHW'}
+    unit: Any = host_checks.units(model)[0]
     unit.forward = lambda x: x  # without its own check
     conv1 = unit.conv1
     unit.conv1 = nn.Conv2d(1, 1, 1)
-    with pytest.raises(host_coverage.Failure, match=r'a unit for 1 channels in NCHW gets \d+ in NCHW'):
-        host_coverage.input_layouts(model, x)
+    with pytest.raises(host_checks.Failure, match=r'a unit for 1 channels in NCHW gets \d+ in NCHW'):
+        host_checks.input_layouts(model, x)
     unit.conv1, unit.input_fmt = conv1, 'NLC'
-    with pytest.raises(host_coverage.Failure, match=r'a unit for .* channels in NLC gets .* in NCHW'):
-        host_coverage.input_layouts(model, x)
+    with pytest.raises(host_checks.Failure, match=r'a unit for .* channels in NLC gets .* in NCHW'):
+        host_checks.input_layouts(model, x)
 
 
 @pytest.mark.slow
 def test_unchanged_parameter_is_found() -> None:
     model = timm.create_model('test_resnet', act_layer='atac')
-    unit = host_coverage.units(model)[0]
+    unit = host_checks.units(model)[0]
     unit.register_parameter('unused', nn.Parameter(torch.zeros(3)))
-    with pytest.raises(host_coverage.Failure, match=r'1 of .* parameters of units do not change'):
-        host_coverage.train_units(model, host_coverage.sample_input('test_resnet'))
+    with pytest.raises(host_checks.Failure, match=r'1 of .* parameters of units do not change'):
+        host_checks.train_units(model, host_checks.sample_input('test_resnet'))

@@ -109,6 +109,7 @@ def test_the_first_activation_of_a_pre_activation_block_is_taken(norm) -> None:
     assert names(network(PreActivation, norm=norm), x=X) == [f'{b}.{act}' for b in blocks for act in ('act1', 'act2')]
 
 
+@pytest.mark.slow
 def test_attention_is_taken_only_by_its_word() -> None:
     model = network(PostActivation, se=True)
     gates = [f'{stage}.{block}.se.act' for stage in (1, 2, 3) for block in (0, 1, 2)]
@@ -130,6 +131,7 @@ def test_tokens() -> None:
     assert names(model, [1, 'attention'], x) == ['0.attn.kernel', '0.attn.act', '0.mlp.2']
 
 
+@pytest.mark.slow
 def test_without_additions_all_are_taken() -> None:
     """As in a VGG, where the activations of the classifier get one value per channel."""
     vgg = torchvision.models.vgg11(weights=None)

@@ -166,6 +166,7 @@ def test_hooks_of_one_place_are_not_called_for_another() -> None:
     assert len(seen) == 1
 
 
+@pytest.mark.slow
 def test_training_or_not_as_the_activation() -> None:
     model: Any = torchvision.models.resnet18(weights=None)
     model.layer1.eval()

@@ -29,13 +29,14 @@ def norms_of(unit: Any) -> list[nn.Module]:
     return [getattr(unit, name) for name in ('bn', 'bn1', 'bn2') if hasattr(unit, name)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('norm', NORMS)
 @pytest.mark.parametrize('unit', UNITS)
 def test_a_name_says_the_norm_in_all_three_ways(unit: str, norm: str, tmp_path: Path) -> None:
     name = f'{unit}_{norm}'
-    by_act_layer = timm.create_model('resnet10t', act_layer=name, num_classes=3)
-    replaced: Any = replace_activations(timm.create_model('resnet10t', num_classes=3), name)
-    by_host = timm.create_model('atac_host', host='resnet10t', act=name, num_classes=3)
+    by_act_layer = timm.create_model('test_resnet', act_layer=name, num_classes=3)
+    replaced: Any = replace_activations(timm.create_model('test_resnet', num_classes=3), name)
+    by_host = timm.create_model('atac_host', host='test_resnet', act=name, num_classes=3)
     for model in (by_act_layer, replaced, by_host):
         found = units(model)
         assert found and all(type(m).__mro__[0] is UNITS[unit] or issubclass(type(m), UNITS[unit]) for m in found)
@@ -58,6 +59,7 @@ def test_names_of_classes_and_partials() -> None:
     assert len(ACTIVATIONS) == len(UNITS) * (1 + len(NORMS))
 
 
+@pytest.mark.slow
 def test_a_batch_of_one_trains_as_it_does_with_the_own_activation() -> None:
     x = torch.randn(1, 3, 32, 32)
     for act in ('silu', 'atac_layernorm2d', 'atac_groupnorm1'):
@@ -66,6 +68,7 @@ def test_a_batch_of_one_trains_as_it_does_with_the_own_activation() -> None:
         timm.create_model('convnext_atto', act_layer='atac').train()(x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ('host', 'kwargs', 'norm'),
     [
@@ -120,6 +123,7 @@ def test_a_container_that_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
     assert unit.channels == 8
 
 
+@pytest.mark.slow
 def test_replacement_reports_the_norm() -> None:
     report: Any = replace_activations(timm.create_model('convnext_atto'), where='paper', dry_run=True)
     assert report.mixes_images and report.norms == ('BatchNorm2d',)

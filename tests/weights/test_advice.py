@@ -4,13 +4,13 @@ import json
 import os
 import shutil
 import socket
-import subprocess
 import sys
 from collections import namedtuple
 from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError, URLError
 
+import forked
 import pytest
 import timm
 import torch
@@ -223,7 +223,7 @@ def test_what_a_user_sees(closed, tmp_path) -> None:
     overlay = dict(url=f'{closed}/net.params', custom_load=True)
     code = f'import timm; timm.create_model({NAME!r}, pretrained=True, pretrained_cfg_overlay={overlay})'
     environment = {**os.environ, 'TORCH_HOME': str(tmp_path)}
-    result = subprocess.run([sys.executable, '-c', code], env=environment, capture_output=True, text=True)
+    result = forked.run(code, env=environment)
     lines = result.stderr.splitlines()
     assert any(line.startswith('urllib.error.URLError') for line in lines)
     call = f"  timm.create_model('{NAME}', pretrained=True, pretrained_cfg_overlay=dict(file='FILE', custom_load=True))"

@@ -85,6 +85,7 @@ def test_config_says_nothing_twice(tmp_path) -> None:
     assert len(config['pretrained_cfg']['mean']) == 1
 
 
+@pytest.mark.slow
 def test_a_replaced_host_claims_nothing_of_the_host(tmp_path) -> None:
     save_for_hf(timm.create_model('atac_host', host='resnet18'), tmp_path)
     config = read_config(tmp_path)

@@ -92,6 +92,7 @@ def test_what_a_user_has_set_stays(config) -> None:
     assert 'origin_url' not in remove_claims(config, identity)['pretrained_cfg']
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     'name, kwargs, expected',
     [
@@ -114,6 +115,7 @@ def test_names_of_untrained_networks(name, kwargs, expected, tmp_path) -> None:
     assert 'origin_url' not in config['pretrained_cfg']
 
 
+@pytest.mark.slow
 def test_a_replaced_network_that_is_replaced_again(tmp_path) -> None:
     model: Any = timm_atac.replace_activations(timm.create_model('resnet18.a1_in1k'), where='layer4.*')
     model = timm_atac.replace_activations(model, where='layer3.*')
