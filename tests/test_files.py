@@ -31,11 +31,11 @@ with replaced_file(Path('parent/b')) as file:
 
 
 @pytest.mark.parametrize('umask', [0o022, 0o027, 0o002, 0o077], ids=oct)
-def test_modes_are_those_of_the_umask(python, umask, tmp_path, monkeypatch) -> None:
+def test_modes_are_those_of_the_umask(new_python, umask, tmp_path, monkeypatch) -> None:
     """Files and folders get the usual modes, also those of a writer that uses 0600, and the umask is not changed."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv('PYTHONPATH', str(Path(__file__).parents[1]))
-    python(WRITE.format(umask=umask))
+    new_python(WRITE.format(umask=umask))
     modes = {str(path.relative_to(tmp_path)): stat.S_IMODE(path.stat().st_mode) for path in tmp_path.rglob('*')}
     files = ('new/a', 'new/wide', 'new/c/d', 'parent/b')
     folders = ('new', 'new/c', 'parent')

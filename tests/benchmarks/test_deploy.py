@@ -64,6 +64,7 @@ def test_failure_is_listed_and_others_are_measured(run, monkeypatch, capsys) -> 
     assert lines[-1] == '- Failed: OpenVINO (RuntimeError: no compiler)'
 
 
+@pytest.mark.slow
 def test_difference_sees_each_branch(tmp_path) -> None:
     """In a new network of timm, the residual branches are multiplied by zero: no form's error would show there."""
     images = torch.randn(4, 3, 64, 64)

@@ -35,6 +35,7 @@ def run_step(tmp_path: Path, code: str, seconds: float = 20.0) -> tuple[str, int
     return gpu.run_step([sys.executable, '-c', code], seconds, dict(os.environ), tmp_path / 'log.txt', lambda: None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     'code, expected',
     [

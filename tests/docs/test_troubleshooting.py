@@ -124,6 +124,7 @@ def test_every_heading_is_tested() -> None:
     assert {*headings} == {*CAUSES} | OTHERS
 
 
+@pytest.mark.slow
 def test_download_without_a_network(monkeypatch, tmp_path) -> None:
     def refuse(*args: Any, **kwargs: Any) -> NoReturn:
         raise URLError('no network')

@@ -92,6 +92,7 @@ def test_drawing_errors(tmp_path, gates, image, message) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_failed_write_leaves_what_was_there(tmp_path, monkeypatch) -> None:
     path = tmp_path / 'gates.png'
     path.write_bytes(b'old')

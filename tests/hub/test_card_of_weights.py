@@ -196,6 +196,7 @@ def test_push_refuses_the_card_of_a_tag(tmp_path) -> None:
     assert check_folder(tmp_path, 'me/net').license == 'mit'
 
 
+@pytest.mark.slow
 def test_a_name_of_ones_own(tmp_path) -> None:
     card = None
     export(create(seed=1), tmp_path / 'net', {'name': 'tiny-flowers'})

@@ -265,6 +265,7 @@ def test_passing_failures(hub, folder, client) -> None:
     assert len(served) == len(sent) and sum(a != b for a, b in zip(served, sent, strict=True)) == 1
 
 
+@pytest.mark.slow
 def test_offline(client) -> None:
     *errors, _ = client(
         "answer(error(api.model_info, 'me/model'), error(hf_hub_download, 'me/model', 'x'))", HF_HUB_OFFLINE='1'

@@ -174,6 +174,7 @@ def test_many_hooks(caplog) -> None:
     assert 'AtacResNet: 28 norms are not folded' in caplog.text and 'and 23 more. Remove the hooks' in caplog.text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     'name, message', [('atac_resnet8_cifar', 'has no effect on cpu: each unit'), ('', 'no ATAC units')]
 )

@@ -218,6 +218,7 @@ def test_features_by_hooks() -> None:
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-11)
 
 
+@pytest.mark.slow
 def test_no_wrapper() -> None:
     model = Ensemble(with_random_norms(timm.create_model('atac_resnet8_cifar')))
     x = images(model)
@@ -332,6 +333,7 @@ def test_what_is_inside_of_wrappers() -> None:
         torch.testing.assert_close(fused(x), model(x), rtol=1e-12, atol=1e-11)
 
 
+@pytest.mark.slow
 def test_fused_twice() -> None:
     model = with_random_norms(timm.create_model('atac_resnet8_cifar'))
     x = images(model)

@@ -81,6 +81,7 @@ def test_parity(case: Case) -> None:
     assert all(found <= allowed for found, allowed in errors.values()), report
 
 
+@pytest.mark.slow
 def test_names_one_to_one() -> None:
     names = open_atac_names(timm.create_model('atac_resnet50'))
     assert len(set(names.values())) == len(names)

@@ -111,6 +111,7 @@ def test_widths(name, way, result) -> None:
     assert found[2].startswith(result)
 
 
+@pytest.mark.slow
 def test_wrong_width_is_found() -> None:
     """`input_layouts` finds a unit that is for another number of channels or for another layout."""
     model = timm.create_model('test_resnet', act_layer='atac')

@@ -139,6 +139,7 @@ def test_without_additions_all_are_taken() -> None:
     assert names(vgg, -1) == ['features.17', 'features.19']
 
 
+@pytest.mark.slow
 def test_inner_names_do_not_matter() -> None:
     def rename(module: nn.Module) -> None:
         for name, child in list(module.named_children()):

@@ -53,6 +53,7 @@ def names(found: Any) -> list[str]:
     return [r.name for r in found.replaced]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('cls', [Shared, Branches])
 def test_each_name_of_the_full_report_selects_its_place(cls) -> None:
     full = names(report(cls()))

@@ -46,6 +46,7 @@ def test_second_pass_trains_the_run_of_a_killed_process(tmp_path, monkeypatch) -
     assert [found.run.activation for found in rows(tmp_path)] == ['silu', 'relu']
 
 
+@pytest.mark.slow
 def test_locked_runs_are_left_to_other_processes(tmp_path, capsys) -> None:
     command = ['--acts', 'relu', 'silu', '--seeds', 1, '--epochs', 1, '--size', 8, '--output', tmp_path]
     (tmp_path / '.locks').mkdir()

@@ -76,6 +76,7 @@ def test_both_ways_out_work(closed, home, kwargs) -> None:
     assert same(model, timm.create_model(NAME, checkpoint_path=str(FILE)))
 
 
+@pytest.mark.slow
 def test_the_call_for_a_published_tag(closed, home, monkeypatch) -> None:
     """The call has the tag, so that the file is checked, and no custom_load, which the format of the file gives."""
     monkeypatch.setattr('timm.models._builder.download_cached_file', lambda *_, **__: download(closed))
@@ -186,6 +187,7 @@ def test_weights_of_a_host(offline, tmp_path, host) -> None:
     assert text.endswith("timm.create_model('atac_host', pretrained=True, host='local-dir:FOLDER')")
 
 
+@pytest.mark.slow
 def test_file_of_a_host(closed, home, tmp_path) -> None:
     """The note is that of the file's network, and there is one; a host's own overlay reaches it."""
     overlay: dict[str, Any] = dict(url=f'{closed}/net.params', custom_load=True)

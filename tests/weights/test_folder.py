@@ -209,6 +209,7 @@ def test_export_overwrites_nothing(tmp_path) -> None:
     export(model, tmp_path / 'empty')
 
 
+@pytest.mark.slow
 def test_without_matplotlib(tmp_path, monkeypatch, caplog) -> None:
     """The folder has no picture, the card does not mention one, and a warning says why."""
     for name in ('matplotlib', 'matplotlib.cbook'):

@@ -98,6 +98,7 @@ def test_saved_and_loaded(tmp_path) -> None:
     assert 'label_names' not in json.loads((tmp_path / 'three' / 'config.json').read_text())
 
 
+@pytest.mark.slow
 def test_another_source_of_the_user(tmp_path, monkeypatch) -> None:
     """timm prefers a file. Another source that the user names is loaded all the same."""
     other = timm.create_model(NAME).state_dict()

@@ -233,6 +233,7 @@ def test_memory_is_bounded(data) -> None:
     assert peak < 20 * len(data)
 
 
+@pytest.mark.slow
 def test_mutations() -> None:
     """A short run of `tools/fuzz_params.py`."""
     rng = random.Random(0)
