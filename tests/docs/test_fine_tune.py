@@ -74,17 +74,6 @@ def test_opacus() -> None:
     assert namespace['model'].conv1.weight.grad_sample.shape == (3, 16, 3, 3, 3)
 
 
-@pytest.mark.slow
-@pytest.mark.filterwarnings('ignore')
-def test_expanded_weights_of_opacus() -> None:
-    """If this fails because there is no error, remove the warning from the page and from docs/troubleshooting.md."""
-    grad_sample = pytest.importorskip('opacus.grad_sample', reason='needs pip install opacus')
-    model = timm.create_model('atac_resnet8_cifar', norm_layer='groupnorm1', data_norm_layer='')
-    wrapped = grad_sample.wrap_model(model, grad_sample_mode='ew', loss_reduction='sum')
-    with pytest.raises(RuntimeError, match='cannot handle function __get__'):
-        wrapped(torch.randn(3, 3, 16, 16))
-
-
 def test_to_empty_leaves_norms(tmp_path: Path) -> None:
     """init_weights sets convolutions and linear layers only."""
     model: Any = timm.create_model('resnet18', act_layer='atac', device='meta').to_empty(device='cpu')

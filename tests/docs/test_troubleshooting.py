@@ -95,12 +95,11 @@ CAUSES: dict[str, Callable[[], Any]] = {
     'is not a .params file': lambda: timm_atac.read_params(__file__),
     'does not fit this': overlay(file=str(PARAMS), tag='mine'),
 }
-# tested by a function below, or, with opacus and FSDP2, on a machine that has them: tests/docs/test_fine_tune.py
+# tested by a function below, or, with FSDP2, in tests/docs/test_fine_tune.py
 OTHERS = {
     'URLError',
     'LocalEntryNotFoundError',
     'expected scalar type BFloat16 but found Float',
-    'cannot handle function __get__',
     'TIMM_ATAC_KERNELS=',
     "KeyError: 'num_classes'",
     'has no README.md',

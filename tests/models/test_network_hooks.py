@@ -9,6 +9,7 @@ import torch
 import torch.nn as nn
 from measuring.timing import bytes_kept
 from timm.models.resnet import BasicBlock, Bottleneck
+from torch.nn.utils._per_sample_grad import call_for_per_sample_grads
 
 
 def gradients(model: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -91,21 +92,60 @@ def test_resnets_of_timm(name, kwargs) -> None:
     assert_hooks_work(model, x, expected)
 
 
-@pytest.mark.slow
-@pytest.mark.filterwarnings('ignore')  # of Opacus
-@pytest.mark.parametrize('data_norm_layer, exact', [('', True), ('groupnorm1', True), ('batchnorm2d', False)])
-def test_gradients_per_image_by_opacus(data_norm_layer, exact) -> None:
-    opacus = pytest.importorskip('opacus', reason='needs pip install opacus')
-    kwargs: Any = dict(norm_layer='groupnorm1', data_norm_layer=data_norm_layer)
-    model = timm.create_model('atac_resnet8_cifar', **kwargs).double()
-    images = torch.randn(3, 3, 16, 16, dtype=torch.float64)
-    expected = []
+def gradients_per_image(model: nn.Module, images: torch.Tensor) -> list[torch.Tensor]:
+    """Return the gradients that each image alone gives, (images, *shape) for each parameter."""
+    gradients = []
     for image in images:
         model.zero_grad()
         model(image[None]).square().sum().backward()
-        expected.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
-    wrapped = opacus.GradSampleModule(model, loss_reduction='sum', strict=False)
+        gradients.append([cast(torch.Tensor, p.grad).clone() for p in model.parameters()])
+    model.zero_grad()
+    return [torch.stack(of_images) for of_images in zip(*gradients, strict=True)]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings('ignore')  # of Opacus
+@pytest.mark.parametrize(
+    'data_norm_layer, mode, exact',
+    [
+        ('', 'hooks', True),
+        ('', 'functorch', True),
+        ('', 'ew', True),
+        ('groupnorm1', 'hooks', True),
+        ('batchnorm2d', 'hooks', False),
+    ],
+)
+def test_gradients_per_image_by_opacus(data_norm_layer, mode, exact) -> None:
+    grad_sample = pytest.importorskip('opacus.grad_sample', reason='needs pip install opacus')
+    kwargs: Any = dict(norm_layer='groupnorm1', data_norm_layer=data_norm_layer)
+    model = timm.create_model('atac_resnet8_cifar', **kwargs).double()
+    images = torch.randn(3, 3, 16, 16, dtype=torch.float64)
+    expected = gradients_per_image(model, images)
+    strict = {} if mode == 'ew' else {'strict': False}
+    wrapped = grad_sample.wrap_model(model, grad_sample_mode=mode, loss_reduction='sum', **strict)
     wrapped(images).square().sum().backward()
     found = [cast(Any, p).grad_sample for p in model.parameters()]
-    pairs = zip((torch.stack(grads) for grads in zip(*expected, strict=True)), found, strict=True)
-    assert all(torch.allclose(x, y, rtol=1e-7, atol=1e-9) for x, y in pairs) == exact
+    assert all(torch.allclose(x, y, rtol=1e-7, atol=1e-9) for x, y in zip(expected, found, strict=True)) == exact
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ('name', 'kwargs'),
+    [
+        ('atac_resnet8_cifar', {'data_norm_layer': ''}),
+        ('resnet8_cifar', {'data_norm_layer': '', 'act_layer': 'se_act_groupnorm1'}),
+        ('resnet8_cifar', {'data_norm_layer': '', 'act_layer': 'nin_groupnorm1'}),
+        ('resnet8_cifar', {'data_norm_layer': '', 'act_layer': 'xunit_groupnorm1'}),
+        ('resnet8_cifar', {'data_norm_layer': '', 'attn_layer': 'local_se'}),
+        ('atac_resnet18', {'layers': (1, 1, 1, 1)}),
+    ],
+)
+def test_gradients_per_image_by_expanded_weights(name: str, kwargs: dict[str, Any]) -> None:
+    """As by Opacus with `grad_sample_mode='ew'`. An expanded weight answers few questions of a unit: its shape only."""
+    model = timm.create_model(name, norm_layer='groupnorm1', **kwargs).double()
+    images = torch.randn(3, 3, 32, 32, dtype=torch.float64)
+    expected = gradients_per_image(model, images)
+    expanded = call_for_per_sample_grads(model, loss_reduction='sum', batch_size=3)
+    expanded(images).square().sum().backward()
+    found = [cast(Any, p).grad_sample for p in model.parameters()]
+    torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-9)

@@ -13,7 +13,17 @@ from timm.models.res2net import Bottle2neck
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from timm_atac import ATAC, ATACMe, LocalSE, NiN, SEActivation, XUnit, fuse
+from timm_atac.units import deferred
 from timm_atac.units.atac import init_weight_
+from timm_atac.units.host_norm import HostNorm
+
+
+@pytest.fixture(autouse=True)
+def _no_search_for_norms(monkeypatch) -> None:
+    """The search for the norm around a unit keeps the hook for longer. tests/units/test_names.py tests it."""
+    host_norm = HostNorm()
+    monkeypatch.setattr(host_norm, '_has_warned', True)
+    monkeypatch.setattr(deferred, 'host_norm', host_norm)
 
 
 def hooks() -> int:
