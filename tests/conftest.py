@@ -22,7 +22,7 @@ if 'PYTEST_XDIST_WORKER_COUNT' in os.environ:  # with one thread per core each, 
 
 def pytest_addoption(parser) -> None:
     parser.addoption(
-        '--all-hosts', action='store_true', help="test all of timm's modules, which takes an hour on two cores"
+        '--all-hosts', action='store_true', help="test all of timm's modules, which takes two hours on two cores"
     )
 
 
@@ -51,13 +51,14 @@ class Python(Protocol):
 def python() -> Python:
     """Run code as in a new interpreter: `python(code, *flags, **environment)`. A failure shows its output.
 
-    PyTorch is imported already; helpers/forked.py says what that means. `new_python` is the same without it.
+    PyTorch is imported already; helpers/forked.py says what that means.
     """
     return partial(_python, forked.run)
 
 
 @pytest.fixture
 def new_python() -> Python:
+    """Run code in a new interpreter, where PyTorch is not imported yet. Otherwise as `python`."""
     return partial(_python, forked.run_new)
 
 

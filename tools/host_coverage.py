@@ -39,7 +39,8 @@ HEAD = """# ATAC in the {modules} model modules of timm {timm}
 
 "ok" means: every unit has the width and the layout of its input in a forward pass; training changes every parameter of
 the units; a second model that loads the state dict returns the same output. "units" is their number among all
-activation modules of the host; with `act_layer`, the host does not create the others from it. "parameters" are those of
+activation modules of the host; with `act_layer`, the host does not create the others from it, and with
+`where='paper'`, the others are in other places. "parameters" are those of
 the host and those of the units. The shapes of `features_only` are compared with the unchanged host's. `se_act` and
 `nin` are only trained in hosts without tokens, since tokens have no map to pool. "-": nothing to report.
 
@@ -159,9 +160,14 @@ def read_page() -> dict[str, list[Row]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('modules', nargs='*', help='modules of timm (default: all of them, and the page is written)')
-    parser.add_argument('--ways', nargs='+', choices=WAYS, default=list(WAYS), help='default: all')
+    parser.add_argument(
+        '--ways', nargs='+', choices=WAYS, default=list(WAYS), help='default: all; modules come before it'
+    )
     parser.add_argument('--workers', type=int, default=2, help='number of processes (default: 2)')
     args = parser.parse_args()
+    first_line = PAGE.read_text().splitlines()[0]
+    if set(args.ways) != set(WAYS) and not args.modules and not first_line.endswith(f' {timm.__version__}'):
+        parser.error(f'--ways: {PAGE.name} is for another timm than {timm.__version__}; write all of its tables')
     tables: dict[str, list[Row]] = {way: [] for way in args.ways}
     for way, row in walk(args.ways, args.modules or host_modules(), args.workers):
         print(row, flush=True)

@@ -18,7 +18,7 @@ def test_table(monkeypatch, capsys) -> None:
 
 
 @pytest.mark.slow
-def test_entry_point_is_hidden(python) -> None:
+def test_entry_point_is_hidden(new_python) -> None:
     code = import_time.CODE + "import sys; print('timm_atac' in sys.modules)"
     for hidden, present in ((('timm_atac',), 'False'), ((), 'True')):
-        assert python(code.format(module='torch', hidden=hidden)).stdout.split()[1] == present
+        assert new_python(code.format(module='torch', hidden=hidden)).stdout.split()[1] == present

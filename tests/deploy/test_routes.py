@@ -73,7 +73,7 @@ for path in Path(os.environ['FOLDER']).glob('*.model'):
 
 
 def test_whole_models_in_another_process(tmp_path, python) -> None:
-    """Models that `torch.save` wrote load in a process that imports only PyTorch."""
+    """Models that `torch.save` wrote load in a process that has not imported timm."""
     expected = {}
     for name in SOME:
         model, images = network(name)

@@ -11,6 +11,7 @@ import pytest
 import timm
 import torch
 import torch.nn as nn
+from torch.nn.utils._per_sample_grad import call_for_per_sample_grads
 
 import timm_atac
 from timm_atac.cli import main
@@ -79,6 +80,7 @@ CAUSES: dict[str, Callable[[], Any]] = {
     'this model calls its activation as a function': lambda: timm.layers.get_act_fn('atac')(X),  # type: ignore[misc]
     'Expected more than 1 value per channel': lambda: timm_atac.ATAC(8)(torch.randn(1, 8, 1, 1)),
     'is a view and is being modified inplace': with_hooks,
+    'cannot handle function batch_norm': lambda: call_for_per_sample_grads(timm.create_model('resnet8_cifar'))(X),
     'expected a number in (0, 1]': create('resnet8_cifar', act_layer='atac', rd_ratio=2),
     'which has no bottleneck': create('resnet8_cifar', rd_ratio=0.5),
     'atac_host takes a ratio': create('atac_host', host='test_resnet', rd_ratio='auto'),

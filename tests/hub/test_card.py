@@ -129,8 +129,8 @@ def test_results_csv(tag) -> None:
             assert row['source'] == "authors' training log"  # we have not measured these
 
 
-# Runs the blocks of a card in one process, each in a namespace of its own, beside an image.
 PUSH = 'import sys; from timm_atac.cli import main; sys.exit(main(["push", *sys.argv[1:]]))'
+# Runs the blocks of a card in one process, each in a namespace of its own, beside an image.
 RUN = """
 import json, sys
 for block in json.load(open(sys.argv[1])):

@@ -1,4 +1,4 @@
-"""`timm-atac push` to a Hub on 127.0.0.1 and the download by timm, each in a fresh process."""
+"""`timm-atac push` to a Hub on 127.0.0.1 and the download by timm, each in a process of its own."""
 
 import json
 import subprocess
@@ -97,7 +97,7 @@ def folder(tmp_path) -> Path:
 
 @pytest.mark.slow
 def test_round_trip(hub, run, digits, tmp_path) -> None:
-    """Trained, exported, pushed, pulled by timm alone in a fresh process, and validated to the same accuracy."""
+    """Trained, exported, pushed, pulled by timm alone in another process, and validated to the same accuracy."""
     folder, accuracy, test_set = digits
     assert accuracy > 80
     pushed = run(PUSH, folder, '--repo', 'me/digits')

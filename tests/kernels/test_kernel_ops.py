@@ -342,7 +342,6 @@ def test_vectorised_jacobian(on_the_cpu) -> None:
     torch.testing.assert_close(found, expected)
 
 
-@pytest.mark.slow
 def test_fx(on_the_cpu) -> None:
     model, x, expected = model_and_images()
     graph = torch.fx.symbolic_trace(model)

@@ -182,7 +182,6 @@ def test_weights_from_a_file(tmp_path) -> None:
     torch.testing.assert_close(again(x), model(x), rtol=0, atol=0)
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not KEEPS_ARGS, reason='this timm keeps no arguments in a model')
 def test_what_config_json_cannot_hold_is_an_error_of_timm(tmp_path) -> None:
     model: Any = replace_activations(timm.create_model('test_resnet'), partial(ATAC, gate_layer=nn.Hardsigmoid))
@@ -190,7 +189,6 @@ def test_what_config_json_cannot_hold_is_an_error_of_timm(tmp_path) -> None:
         save(model, tmp_path)
 
 
-@pytest.mark.slow
 def test_size_and_channels_of_the_host() -> None:
     """The forward pass that finds the widths uses the input size that the model was created for."""
     model: Any = timm.create_model('atac_host', host='test_vit', img_size=96, in_chans=5)

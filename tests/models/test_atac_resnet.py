@@ -42,7 +42,6 @@ def test_size(name, params, macs, num_units) -> None:
     assert len(units(model)) == num_units
 
 
-@pytest.mark.slow
 def test_placement() -> None:
     model = create('atac_resnet50', device='meta')
     assert units(model) == [

@@ -111,8 +111,8 @@ def smp() -> Any:
     'code',
     [program('segmentation_models_pytorch', SMP), program('fastai', FASTAI), program('lightning', LIGHTNING)],
 )
-def test_program(python, code) -> None:
-    assert python(UNITS + code).stdout.endswith('done\n')
+def test_program(new_python, code) -> None:
+    assert new_python(UNITS + code).stdout.endswith('done\n')
 
 
 @pytest.mark.slow

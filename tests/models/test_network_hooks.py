@@ -137,11 +137,11 @@ def test_gradients_per_image_by_opacus(data_norm_layer, mode, exact) -> None:
         ('resnet8_cifar', {'data_norm_layer': '', 'act_layer': 'nin_groupnorm1'}),
         ('resnet8_cifar', {'data_norm_layer': '', 'act_layer': 'xunit_groupnorm1'}),
         ('resnet8_cifar', {'data_norm_layer': '', 'attn_layer': 'local_se'}),
-        ('atac_resnet18', {'layers': (1, 1, 1, 1)}),
+        ('atac_resnet18', {'layers': (1, 1, 1, 1), 'zero_init_last': False}),
     ],
 )
 def test_gradients_per_image_by_expanded_weights(name: str, kwargs: dict[str, Any]) -> None:
-    """As by Opacus with `grad_sample_mode='ew'`. An expanded weight answers few questions of a unit: its shape only."""
+    """As by Opacus with `grad_sample_mode='ew'`. Of an expanded weight, a unit can read only the shape."""
     model = timm.create_model(name, norm_layer='groupnorm1', **kwargs).double()
     images = torch.randn(3, 3, 32, 32, dtype=torch.float64)
     expected = gradients_per_image(model, images)

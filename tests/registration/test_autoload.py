@@ -64,17 +64,17 @@ def test_light_modules(new_python) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize('imports', ['import timm_atac', 'import timm, timm_atac', 'import timm_atac, timm'])
-def test_torch_autoload_off(python, imports) -> None:
+def test_torch_autoload_off(new_python, imports) -> None:
     if imports == 'import timm_atac':
-        python(WITHOUT_US, TORCH_DEVICE_BACKEND_AUTOLOAD='0')
-    assert 'registered' in python(imports + WITH_US, TORCH_DEVICE_BACKEND_AUTOLOAD='0').stdout
+        new_python(WITHOUT_US, TORCH_DEVICE_BACKEND_AUTOLOAD='0')
+    assert 'registered' in new_python(imports + WITH_US, TORCH_DEVICE_BACKEND_AUTOLOAD='0').stdout
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('imports', ['import timm', 'import timm_atac.models.atac_resnet; timm_atac.ATAC(4)'])
-def test_switch(python, imports) -> None:
-    assert 'timm alone' in python(imports + WITHOUT_US, TIMM_ATAC_DISABLE='1').stdout
-    assert 'registered' in python(imports + WITH_US, TIMM_ATAC_DISABLE='0').stdout
+def test_switch(new_python, imports) -> None:
+    assert 'timm alone' in new_python(imports + WITHOUT_US, TIMM_ATAC_DISABLE='1').stdout
+    assert 'registered' in new_python(imports + WITH_US, TIMM_ATAC_DISABLE='0').stdout
 
 
 IMPORTED = (
@@ -167,10 +167,11 @@ FAILURES = {
     'failure, flags',
     [*((failure, ()) for failure in FAILURES), *((failure, WARNINGS_ARE_ERRORS) for failure in [*FAILURES][2:])],
 )
-def test_failure_is_one_warning(python, failure, flags) -> None:
+def test_failure_is_one_warning(python, new_python, failure, flags) -> None:
     breakage, reason = FAILURES[failure]
     late = failure == 'timm is too new'  # has to break timm between its import and ours
-    result = python(
+    run = new_python if flags else python
+    result = run(
         breakage + '\nimport timm_atac' + WITHOUT_US, *flags, **({'TORCH_DEVICE_BACKEND_AUTOLOAD': '0'} if late else {})
     )
     assert 'timm alone' in result.stdout
@@ -368,7 +369,7 @@ def test_spawned_worker(tmp_path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize('ours', ['timm_atac', 'timm_atac.models.atac_resnet', 'timm_atac.units.atac'])
-def test_threads(python, ours) -> None:
+def test_threads(new_python, ours) -> None:
     """Imports of timm and of ours at once. A thread may meet a half imported module, as without us; none hangs."""
     code = f"""
         import faulthandler, threading, torch
@@ -385,4 +386,4 @@ def test_threads(python, ours) -> None:
         for thread in threads: thread.start()
         for thread in threads: thread.join()
     """
-    assert 'registered' in python(dedent(code) + WITH_US).stdout
+    assert 'registered' in new_python(dedent(code) + WITH_US).stdout

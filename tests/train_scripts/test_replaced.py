@@ -43,6 +43,28 @@ def test_fine_tuning(tmp_path: Path, monkeypatch, capsys) -> None:
     assert fine_tune_replaced.read(csv)[3]['accuracies'] == ''
 
 
+def test_order_of_the_table() -> None:
+    """By network and variant, without the rows of networks that were fine-tuned later."""
+    cases = [
+        ('net', 'all:imitate:1', ''),
+        ('other', 'as_it_was', '70 71'),
+        ('net', 'paper:random:0.5', '60 61'),
+        ('net', 'as_it_was', '50 51'),
+        ('net', 'all:imitate:1', '80 81 82'),
+    ]
+    rows = [
+        {'model': model, 'variant': variant, 'accuracies': accuracies, 'params': '9', 'before': '7'}
+        for model, variant, accuracies in cases
+    ]
+    lines = [[cell.strip() for cell in line.split('|')[1:-1]] for line in fine_tune_replaced.table(rows).splitlines()]
+    assert lines[2:] == [
+        ['net', 'as it was', '', '', '9', '7', '50', '51 (2 epochs)'],
+        ['net', 'paper', 'random', '0.5', '9', '7', '60', '61 (2 epochs)'],
+        ['net', 'all', 'imitate', '1', '9', '7', '80', '82 (3 epochs)'],
+        ['other', 'as it was', '', '', '9', '7', '70', '71 (2 epochs)'],
+    ]
+
+
 def test_weights_from_a_file(tmp_path: Path) -> None:
     model = fine_tune_replaced.create('resnet8_cifar', 'as_it_was', None, 0)
     weights = {name: tensor + 1 for name, tensor in model.state_dict().items()}

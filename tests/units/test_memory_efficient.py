@@ -302,7 +302,6 @@ def test_without_gradients() -> None:
             assert torch.equal(me.eval()(x), plain.eval()(x))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize('name', ['atac_resnet18', 'atac_resnet8_cifar', 'resnet18'])
 def test_timm_prefers_it(name) -> None:
     options: dict[str, Any] = {'device': 'meta'} | ({'act_layer': 'atac'} if name == 'resnet18' else {})

@@ -29,9 +29,10 @@ def norms_of(unit: Any) -> list[nn.Module]:
     return [getattr(unit, name) for name in ('bn', 'bn1', 'bn2') if hasattr(unit, name)]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize('norm', NORMS)
-@pytest.mark.parametrize('unit', UNITS)
+@pytest.mark.parametrize(
+    'unit', ['atac', *(pytest.param(unit, marks=pytest.mark.slow) for unit in UNITS if unit != 'atac')]
+)
 def test_a_name_says_the_norm_in_all_three_ways(unit: str, norm: str, tmp_path: Path) -> None:
     name = f'{unit}_{norm}'
     by_act_layer = timm.create_model('test_resnet', act_layer=name, num_classes=3)

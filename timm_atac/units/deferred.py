@@ -69,7 +69,9 @@ class ChannelModule(nn.Module):
         layer: Any = self._modules.get(self.first_layer)
         if layer is not None:
             weight = layer._parameters.get('weight')  # absent if it is parametrized
-            if isinstance(weight, torch.Tensor) and len(weight.shape) == 4:
+            # an expanded weight has a shape but no `ndim`, and an uninitialised one has no shape
+            known = isinstance(weight, torch.Tensor) and not isinstance(weight, UninitializedParameter)
+            if known and len(weight.shape) == 4:
                 return weight.shape[1] * layer.groups
             width = getattr(layer, 'in_channels', None)
             if width is not None:
