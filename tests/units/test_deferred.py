@@ -63,6 +63,12 @@ def test_width_and_layout(layers, channels, input_fmt) -> None:
     assert hooks() == 0
 
 
+def test_a_first_layer_without_a_shape() -> None:
+    unit = ATAC(8)
+    unit.conv1 = nn.LazyConv2d(4, 1)
+    assert unit.channels == 0 and repr(unit)
+
+
 def test_device_and_dtype_of_the_surroundings() -> None:
     model = nn.Sequential(nn.Conv2d(3, 7, 1, device='meta', dtype=torch.float16), partial(ATAC, rd_ratio=0.25)())
     assert {(p.device.type, p.dtype) for p in model.parameters()} == {('meta', torch.float16)}
