@@ -39,10 +39,10 @@ HEAD = """# ATAC in the {modules} model modules of timm {timm}
 
 "ok" means: every unit has the width and the layout of its input in a forward pass; training changes every parameter of
 the units; a second model that loads the state dict returns the same output. "units" is their number among all
-activation modules of the host; with `act_layer`, the host does not create the others from it, and with
-`where='paper'`, the others are in other places. "parameters" are those of
-the host and those of the units. The shapes of `features_only` are compared with the unchanged host's. `se_act` and
-`nin` are only trained in hosts without tokens, since tokens have no map to pool. "-": nothing to report.
+activation modules of the host; with `act_layer`, the host does not create the others from it, and with `where='paper'`,
+the others are in other places. "parameters" are those of the host and those of the units. The shapes of `features_only`
+are compared with the unchanged host's. `se_act` and `nin` are only trained in hosts without tokens, since tokens have
+no map to pool. "-": nothing to report.
 
 | way | modules |
 | --- | --- |
