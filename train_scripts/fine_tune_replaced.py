@@ -37,6 +37,7 @@ from timm.utils import random_seed
 
 from timm_atac import ATAC, replace_activations
 from timm_atac.cli.parser import Parser
+from timm_atac.utils.words import counted
 
 STARTS = ('random', 'near_one', 'imitate')
 VARIANTS = (
@@ -124,7 +125,9 @@ def table(rows: Sequence[dict[str, str]]) -> str:
     for row in rows:
         where, start, rd_ratio = row['variant'].split(':') if ':' in row['variant'] else ['as it was', '', '']
         accuracies = row['accuracies'].split()
-        first, last = (accuracies[0], f'{accuracies[-1]} ({len(accuracies)} epochs)') if accuracies else ('', '')
+        first, last = (
+            (accuracies[0], f'{accuracies[-1]} ({counted(len(accuracies), "epoch")})') if accuracies else ('', '')
+        )
         lines.append([row['model'], where, start, rd_ratio, row['params'], row['before'], first, last])
     return markdown_table(lines)
 

@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import host_checks
@@ -68,6 +69,24 @@ def test_row_is_of_the_smallest_model(module) -> None:
 def test_text_of_the_page() -> None:
     """The page without its last section is what `page_text` returns for its rows."""
     assert PAGE.startswith(host_coverage.page_text(host_coverage.read_page(), TIMM))
+
+
+def test_one_table_is_written_again(monkeypatch, tmp_path) -> None:
+    """The other tables, the counts and the last section stay."""
+    page = tmp_path / 'coverage.md'
+    rows = host_coverage.read_page()['paper']
+    page.write_text(PAGE.replace(f'{rows[0]}\n', f'{replace(rows[0], result="an old reason")}\n'))
+    monkeypatch.setattr(host_coverage, 'PAGE', page)
+    monkeypatch.setattr(host_coverage, 'walk', lambda ways, modules, workers: [(*ways, row) for row in rows])
+    monkeypatch.setattr('sys.argv', ['host_coverage.py', '--ways', 'paper'])
+    monkeypatch.setattr(timm, '__version__', TIMM)
+    host_coverage.main()
+    assert page.read_text() == PAGE
+
+    monkeypatch.setattr(timm, '__version__', '9.9')
+    with pytest.raises(SystemExit):
+        host_coverage.main()
+    assert page.read_text() == PAGE
 
 
 def test_every_module_has_rows() -> None:

@@ -87,7 +87,7 @@ def test_half_of_the_channels_are_the_ones_that_gain_most() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('name', ['test_resnet', 'test_efficientnet', 'resnet8_cifar'])
+@pytest.mark.parametrize('name', ['resnet18', 'efficientnet_b0', 'resnet8_cifar'])
 def test_outputs_of_a_trained_network_stay(name: str) -> None:
     torch.manual_seed(0)
     model = timm.create_model(name, num_classes=10).eval()

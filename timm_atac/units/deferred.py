@@ -70,8 +70,8 @@ class ChannelModule(nn.Module):
         if layer is not None:
             weight = layer._parameters.get('weight')  # absent if it is parametrized
             # an expanded weight has a shape but no `ndim`, and an uninitialised one has no shape
-            known = isinstance(weight, torch.Tensor) and not isinstance(weight, UninitializedParameter)
-            if known and len(weight.shape) == 4:
+            has_shape = isinstance(weight, torch.Tensor) and not isinstance(weight, UninitializedParameter)
+            if has_shape and len(weight.shape) == 4:
                 return weight.shape[1] * layer.groups
             width = getattr(layer, 'in_channels', None)
             if width is not None:
