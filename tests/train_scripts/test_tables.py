@@ -91,6 +91,11 @@ def test_paired_differences() -> None:
     assert low < 0 < high and text in tables.all_tables(rows)
 
 
+def test_no_negative_zero() -> None:
+    assert tables.difference_with_interval([-1e-9]) == '+0.00 (one seed)'
+    assert tables.difference_with_interval([-0.25, 0.249]).startswith('+0.00 (-3.17 to +3.17; not significant')
+
+
 def test_significant_differences_and_nothing_to_compare() -> None:
     assert tables.difference_with_interval([1.0, 1.1, 0.9]) == '+1.00 (+0.75 to +1.25; 3 seeds)'
     assert tables.difference_with_interval([-2.0, -2.5]).startswith('-2.25 (-5.43 to +0.93; not significant')

@@ -132,7 +132,7 @@ def _cell(rows: list[Row], reported: float | None) -> str:
     if not rows:
         return f'({reported:.2f})'
     best = statistics.mean(row.result.best_accuracy for row in rows)
-    return f'{text}, best {best:.2f} ({reported:.2f}, {best - reported:+.2f})'
+    return f'{text}, best {best:.2f} ({reported:.2f}, {_signed(best - reported)})'
 
 
 def mean_and_spread(values: Sequence[float]) -> str:
@@ -174,12 +174,18 @@ def difference_with_interval(values: Sequence[float]) -> str:
         return ''
     mean = statistics.mean(values)
     if len(values) == 1:
-        return f'{mean:+.2f} (one seed)'
+        return f'{_signed(mean)} (one seed)'
     from scipy import stats  # takes a second
 
     half = float(stats.t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / len(values) ** 0.5
     verdict = 'not significant, ' if mean - half <= 0 <= mean + half else ''
-    return f'{mean:+.2f} ({mean - half:+.2f} to {mean + half:+.2f}; {verdict}{len(values)} seeds)'
+    interval = f'{_signed(mean - half)} to {_signed(mean + half)}'
+    return f'{_signed(mean)} ({interval}; {verdict}{len(values)} seeds)'
+
+
+def _signed(value: float) -> str:
+    """Return a difference with its sign. A zero is '+0.00', also where rounding makes it from a negative number."""
+    return f'{round(value, 2) + 0.0:+.2f}'
 
 
 def act_stages_table(group: Group) -> str:
