@@ -24,13 +24,20 @@ def pytest_addoption(parser) -> None:
     parser.addoption(
         '--all-hosts', action='store_true', help="test all of timm's modules, which takes two hours on two cores"
     )
+    parser.addoption(
+        '--weekly',
+        action='store_true',
+        help='also run the long tests that the weekly workflow runs',
+    )
 
 
 def pytest_collection_modifyitems(config, items) -> None:
-    if not config.getoption('--all-hosts'):
-        for item in items:
-            if item.get_closest_marker('all_hosts'):
-                item.add_marker(pytest.mark.skip(reason='a large model of timm, only tested with --all-hosts'))
+    for marker, reason in (('all_hosts', 'a large model of timm'), ('weekly', 'takes long')):
+        option = f'--{marker.replace("_", "-")}'
+        if not config.getoption(option):
+            for item in items:
+                if item.get_closest_marker(marker):
+                    item.add_marker(pytest.mark.skip(reason=f'{reason}, only tested with {option}'))
 
 
 def pytest_terminal_summary(terminalreporter) -> None:

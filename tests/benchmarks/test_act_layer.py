@@ -22,6 +22,7 @@ def test_sizes(monkeypatch, capsys) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.weekly
 def test_times(monkeypatch, capsys) -> None:
     expected = [f'| `{name}` | 0 | 0 | 0 | 0 | 0 |' for name in ('test_resnet', 'test_vit')]
     assert rows(monkeypatch, capsys, '--build', '--rounds', '1')[2:] == expected

@@ -236,6 +236,7 @@ def test_folder_that_is_not_empty(tmp_path, capsys) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.weekly
 def test_every_stage_in_small(tmp_path) -> None:
     """Without the entry point, as if nothing was installed, PYTHONPATH is enough."""
     out = tmp_path / 'report'

@@ -6,11 +6,13 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import pytest
 import timm
 
 OUR_MODULES = ['aa_resnet', 'atac_host', 'atac_resnet', 'cifar_resnet', 'fa_resnet', 'ge_resnet']
@@ -89,12 +91,26 @@ def select(tests: ModuleType) -> dict[str, Callable]:
     return {
         name: function
         for name, function in vars(tests).items()
-        if name.startswith('test_') and 'pretrained' not in name and _model_names(function)
+        if name.startswith('test_') and 'pretrained' not in name and _parameters(function)
     }
 
 
-def _model_names(function: Callable) -> OurNames:
-    for mark in getattr(function, 'pytestmark', []):
-        if mark.name == 'parametrize' and mark.args[0] == 'model_name' and isinstance(mark.args[1], OurNames):
-            return mark.args[1]
+def tested_models(function: Callable) -> set[str]:
+    """The models that a test of `select` has as parameters."""
+    names = [parameter if isinstance(parameter, str) else parameter.values[0] for parameter in _parameters(function)]
+    return {timm.models.get_arch_name(name) if '.' in name else name for name in names}
+
+
+def mark(function: Callable, marker: pytest.MarkDecorator, but: Sequence[str]) -> None:
+    """Mark a test of `select` for all models but those whose names fit one of the patterns."""
+    names = _parameters(function)
+    names[:] = [
+        name if any(fnmatch(name, pattern) for pattern in but) else pytest.param(name, marks=marker) for name in names
+    ]
+
+
+def _parameters(function: Callable) -> OurNames:
+    for marker in getattr(function, 'pytestmark', []):
+        if marker.name == 'parametrize' and marker.args[0] == 'model_name' and isinstance(marker.args[1], OurNames):
+            return marker.args[1]
     return OurNames()

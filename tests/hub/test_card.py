@@ -139,7 +139,7 @@ for block in json.load(open(sys.argv[1])):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('tag', ['atac_resnet50.open_atac_in1k', 'digits'])
+@pytest.mark.parametrize('tag', [pytest.param('atac_resnet50.open_atac_in1k', marks=pytest.mark.weekly), 'digits'])
 def test_code_runs(tag, tmp_path) -> None:
     """Every block of a pushed card runs: `pip install` and Python."""
     pytest.importorskip('transformers')

@@ -19,6 +19,13 @@ globals().update(_selected)
 if hasattr(_tests, 'cfg_device'):
     cfg_device = _tests.cfg_device  # a fixture of timm
 
+# tests that take long for a deep network; those of outputs, features and training are always run
+LONG = ('fx', 'prune', 'torchscript')
+SHALLOW = ('*_cifar', 'atac_host', 'atac_resnet18', 'atac_resnet50')
+for _name, _test in _selected.items():
+    if any(word in _name for word in LONG):
+        timm_tests.mark(_test, pytest.mark.weekly, but=SHALLOW)
+
 pytestmark = [pytest.mark.network, pytest.mark.filterwarnings('ignore')]  # warnings come from timm's tests
 
 
@@ -39,8 +46,4 @@ def test_all_of_ours_are_tested() -> None:
     ):
         if not hasattr(_tests, name):  # a test that this timm does not have yet
             continue
-        tested = {
-            timm.models.get_arch_name(model) if '.' in model else model
-            for model in timm_tests._model_names(_selected[name])
-        }
-        assert tested == ours, name
+        assert timm_tests.tested_models(_selected[name]) == ours, name

@@ -35,14 +35,15 @@ FIRST = ('_register', 'cli', 'units.deferred', 'weights.pretrained')
 IMPORT_ORDERS = [
     'import torch',
     'import timm',
-    'import timm.layers',
-    'import timm.models.resnet',
     'import torchvision',
     'import timm_atac',
     'import timm, timm_atac',
     'from timm_atac import ATAC',
-    'from timm_atac import *',
     *(f'import timm_atac.{module}' for module in FIRST),
+    *(
+        pytest.param(imports, marks=pytest.mark.weekly)
+        for imports in ('import timm.layers', 'import timm.models.resnet', 'from timm_atac import *')
+    ),
 ]
 
 
@@ -66,17 +67,17 @@ def test_light_modules(new_python) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize('imports', ['import timm_atac', 'import timm, timm_atac', 'import timm_atac, timm'])
-def test_torch_autoload_off(new_python, imports) -> None:
+def test_torch_autoload_off(python, imports) -> None:
     if imports == 'import timm_atac':
-        new_python(WITHOUT_US, TORCH_DEVICE_BACKEND_AUTOLOAD='0')
-    assert 'registered' in new_python(imports + WITH_US, TORCH_DEVICE_BACKEND_AUTOLOAD='0').stdout
+        python(WITHOUT_US, TORCH_DEVICE_BACKEND_AUTOLOAD='0')
+    assert 'registered' in python(imports + WITH_US, TORCH_DEVICE_BACKEND_AUTOLOAD='0').stdout
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('imports', ['import timm', 'import timm_atac.models.atac_resnet; timm_atac.ATAC(4)'])
-def test_switch(new_python, imports) -> None:
-    assert 'timm alone' in new_python(imports + WITHOUT_US, TIMM_ATAC_DISABLE='1').stdout
-    assert 'registered' in new_python(imports + WITH_US, TIMM_ATAC_DISABLE='0').stdout
+def test_switch(python, imports) -> None:
+    assert 'timm alone' in python(imports + WITHOUT_US, TIMM_ATAC_DISABLE='1').stdout
+    assert 'registered' in python(imports + WITH_US, TIMM_ATAC_DISABLE='0').stdout
 
 
 IMPORTED = (
@@ -107,7 +108,7 @@ def test_torch_brings_no_timm(new_python) -> None:
 
 
 @pytest.mark.slow
-def test_leaves_the_import_system_as_it_was_but_for_one_hook(new_python) -> None:
+def test_leaves_the_import_system_as_it_was_but_for_one_hook(python) -> None:
     code = """
         import sys
         import torch
@@ -125,7 +126,7 @@ def test_leaves_the_import_system_as_it_was_but_for_one_hook(new_python) -> None
         sys.meta_path = [f for f in sys.meta_path if type(f).__module__ != 'timm_atac._autoload']
         print(armed, [f if isinstance(f, type) else type(f) for f in sys.meta_path])
     """
-    ours, theirs = new_python(dedent(code)).stdout, new_python(dedent(code), TIMM_ATAC_DISABLE='1').stdout
+    ours, theirs = python(dedent(code)).stdout, python(dedent(code), TIMM_ATAC_DISABLE='1').stdout
     assert (ours[0], theirs[0]) == ('1', '0')
     assert ours[1:] == theirs[1:]
 
@@ -383,7 +384,7 @@ def test_spawned_worker(tmp_path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize('ours', ['timm_atac', 'timm_atac.models.atac_resnet', 'timm_atac.units.atac'])
-def test_threads(new_python, ours) -> None:
+def test_threads(python, ours) -> None:
     """Imports of timm and of ours at once. A thread may meet a half imported module, as without us; none hangs."""
     code = f"""
         import faulthandler, threading, torch
@@ -400,4 +401,4 @@ def test_threads(new_python, ours) -> None:
         for thread in threads: thread.start()
         for thread in threads: thread.join()
     """
-    assert 'registered' in new_python(dedent(code) + WITH_US).stdout
+    assert 'registered' in python(dedent(code) + WITH_US).stdout
