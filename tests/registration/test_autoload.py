@@ -31,7 +31,7 @@ timm.create_model('test_resnet')
 print('timm alone')
 """
 # modules that somebody may import first: light ones, and some of those whose packages import timm
-FIRST = ('_register', 'cli', 'units.deferred', 'weights.pretrained')
+FIRST = ('_register', 'cli', 'units.deferred', 'weights.identity')
 IMPORT_ORDERS = [
     'import torch',
     'import timm',
@@ -42,7 +42,12 @@ IMPORT_ORDERS = [
     *(f'import timm_atac.{module}' for module in FIRST),
     *(
         pytest.param(imports, marks=pytest.mark.weekly)
-        for imports in ('import timm.layers', 'import timm.models.resnet', 'from timm_atac import *')
+        for imports in (
+            'import timm.layers',
+            'import timm.models.resnet',
+            'from timm_atac import *',
+            'import timm_atac.weights.pretrained',
+        )
     ),
 ]
 

@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
-from timm.models import get_arch_pretrained_cfgs
 
 from .published import PUBLISHED
 
@@ -117,6 +116,8 @@ def _record(cfg: Mapping[str, Any]) -> re.Match | None:
 
 def _registered_cfgs(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Return tag -> pretrained cfg in timm's registry, for the architecture in a config and the hosts in it."""
+    from timm.models import get_arch_pretrained_cfgs  # not above, since the registration imports this module
+
     architecture, args = config['architecture'], config.get('model_args', {})
     found: dict[str, dict[str, Any]] = {}
     while architecture:

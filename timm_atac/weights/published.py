@@ -49,6 +49,9 @@ PUBLISHED = {
     'atac_resnet8_cifar.cifar10': Published(
         trained=_ON_CIFAR10, tensors='01b349668f2128ca39f2776c1352c71ada829c52cc261d525f79758a3d59f902'
     ),
+    'resnet14_cifar.cifar10': Published(
+        trained=_ON_CIFAR10, tensors='bb632f1a8c02fcb0ef230ede643a790844d37ce42a373855c24b419f6470d23e'
+    ),
     'resnet20_cifar.cifar10': Published(
         trained=_ON_CIFAR10, tensors='34a13fd54ae79f54788763cb6b66415b3cfc57a68051ab4adebf3ba6023f2a25'
     ),
