@@ -59,9 +59,12 @@ def test_installed_versions() -> None:
     assert ' -c ' not in commands(tests['newest'])[0]
     for job in ('oldest', 'newest'):  # the selection of CONTRIBUTING.md
         assert commands(tests[job])[-1] in (ROOT / 'CONTRIBUTING.md').read_text()
-    (hosts,) = (command for command in commands(jobs('weekly.yml')['hosts']) if 'pytest' in command)
+    weekly = jobs('weekly.yml')
+    assert commands(weekly['long'])[-1] == 'python -m pytest -n auto --weekly'
+    (hosts,) = (command for command in commands(weekly['hosts']) if 'pytest' in command)
     assert (ROOT / hosts.split()[-1]).exists()
-    assert all(job['continue-on-error'] for job in jobs('weekly.yml').values())
+    may_fail = {name for name, job in weekly.items() if job.get('continue-on-error')}
+    assert may_fail == {'hosts', 'timm-main'}  # they have what is not ours
 
 
 def test_lint_is_that_of_ci() -> None:
