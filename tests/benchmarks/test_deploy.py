@@ -79,6 +79,7 @@ def test_difference_sees_each_branch(tmp_path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.weekly
 @pytest.mark.filterwarnings('ignore::DeprecationWarning', 'ignore::FutureWarning', 'ignore::UserWarning')
 # three slow forms are left out: docs/deploy.md has their code, which a test runs
 @pytest.mark.parametrize(

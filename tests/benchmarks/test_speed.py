@@ -62,6 +62,7 @@ def test_shapes_are_those_of_the_networks() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.weekly
 def test_tables_and_picture(monkeypatch, capsys, tmp_path) -> None:
     pytest.importorskip('matplotlib')
     monkeypatch.setattr(speed, 'shapes', lambda: [(6, 5, 3)])

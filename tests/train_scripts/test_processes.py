@@ -17,6 +17,7 @@ options = pytest.importorskip('ablations.options')
 
 
 @pytest.mark.slow
+@pytest.mark.weekly
 def test_two_processes_share_a_folder(tmp_path) -> None:
     command = [sys.executable, ablation.__file__, '--acts', 'relu', 'silu', '--epochs', '1', '--size', '8']
     processes = [
