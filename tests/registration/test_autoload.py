@@ -341,6 +341,7 @@ def test_stock_models_are_unchanged(python, tmp_path) -> None:
             model = timm.create_model(name).eval()
             with torch.inference_mode():
                 outputs = model(torch.randn(1, *model.default_cfg['input_size']))
+            print(name, *model.state_dict())
             outputs = outputs / outputs.std()  # some are as small as the tolerance
             save_file({**model.state_dict(), 'outputs': outputs}, f'{FOLDER}/{name}.safetensors')
         print('timm_atac.units.atac' in sys.modules)
@@ -350,10 +351,10 @@ def test_stock_models_are_unchanged(python, tmp_path) -> None:
         folder = tmp_path / disabled
         folder.mkdir()
         result = python(f'FOLDER = {str(folder)!r}\n{dedent(code)}', TIMM_ATAC_DISABLE=disabled)
-        found[disabled] = result.stdout, {path.stem: load_file(path) for path in sorted(folder.iterdir())}
-    (with_us, ours), (without_us, theirs) = found.values()
-    assert (with_us, without_us) == ('True\n', 'False\n')
-    assert len(ours) == 5
+        found[disabled] = result.stdout.splitlines(), {path.stem: load_file(path) for path in sorted(folder.iterdir())}
+    ((*names, with_us), ours), ((*their_names, without_us), theirs) = found.values()
+    assert (with_us, without_us) == ('True', 'False')
+    assert names == their_names and len(names) == len(ours) == 5
     for name, tensors in theirs.items():
         torch.testing.assert_close(ours[name], tensors, msg=f'{name}: {{}}'.format)
 
