@@ -7,6 +7,7 @@ It takes the networks with ReLU and with ATAC in all stages, of seed 0 after the
 `train_scripts/ablation.py --datasets cifar10-jpeg --recipe short --export` has written. It measures their accuracy on
 the test set, which has to be that of the training. Then it writes `timm_atac/weights/files/ARCH.cifar10.safetensors`,
 `hub_configs/ARCH.cifar10` and `results/results-cifar10.csv`, and prints the lines for `timm_atac/weights/published.py`.
+Networks whose folder is not there stay as they are.
 """
 
 import argparse
@@ -45,11 +46,23 @@ def main() -> None:
     parser.add_argument('--data-dir', type=Path, default=Path('data'), help=f'folder that has {CIFAR10_JPEG}')
     args = parser.parse_args()
     data = load(CIFAR10_JPEG, 32, args.data_dir, download=False)
-    rows = [row for row in read_rows(args.results / 'ablation.csv') if _is_packaged(row)]
-    figures = [_package(row, args.results / row.run.name, data) for row in rows]
+    figures = _figures(ROOT / 'results' / 'results-cifar10.csv')
+    for row in read_rows(args.results / 'ablation.csv'):
+        folder = args.results / row.run.name
+        if _is_packaged(row) and folder.is_dir():
+            line = _package(row, folder, data)
+            figures[line[0]] = line
+        elif _is_packaged(row):
+            print(f'{row.run.name}: left as it is, since {folder} is not there.', file=sys.stderr)
     with replaced_file(ROOT / 'results' / 'results-cifar10.csv') as file:
-        lines = [COLUMNS, *sorted(figures, key=lambda line: -float(line[2]))]
+        lines = [COLUMNS, *sorted(figures.values(), key=lambda line: -float(line[2]))]
         file.write(''.join(f'{",".join(line)}\n' for line in lines).encode())
+
+
+def _figures(path: Path) -> dict[str, list[str]]:
+    """Return the lines of `results-cifar10.csv` by the name of the network."""
+    with open(path, newline='', encoding='utf-8') as file:
+        return {line[0]: line for line in list(csv.reader(file))[1:]}
 
 
 def _is_packaged(row: Row) -> bool:
