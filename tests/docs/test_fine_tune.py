@@ -35,9 +35,9 @@ def train(namespace: dict[str, Any]) -> torch.Tensor:
 @pytest.mark.slow
 @pytest.mark.skipif(Version(torch.__version__) < Version('2.6'), reason='PyTorch 2.5 has fully_shard elsewhere')
 @pytest.mark.filterwarnings('ignore')
-@pytest.mark.parametrize('network', ['atac_resnet18', 'atac_resnet8_cifar', 'resnet18'])
+@pytest.mark.parametrize('network', ['atac_resnet18', 'atac_resnet8_cifar', 'resnet18', 'efficientnet_b0'])
 def test_fsdp2(network, one_process) -> None:
-    options = ", act_layer='atac'" if network == 'resnet18' else ''
+    options = ", act_layer='atac'" if not network.startswith('atac') else ''
     code = block('fully_shard').replace("'atac_resnet50'", f"'{network}'{options}")
     namespace: dict[str, Any] = {'timm': timm, 'device_type': 'cpu'}
     exec(code, namespace)
