@@ -9,14 +9,11 @@ import pytest
 import timm
 import torch
 import torch.nn as nn
-from packaging.version import Version
 from timm.models import save_for_hf
+from timm_versions import KEEPS_ARGS, SAFE_FOLDERS
 
 from timm_atac import ATAC, replace_activations
 from timm_atac.units.deferred import ChannelModule
-
-KEEPS_ARGS = Version(timm.__version__) >= Version('1.0.31')  # timm keeps a model's arguments, and writes them
-SAFE = KEEPS_ARGS  # `local-dir:` of timm 1.0.21 reads .safetensors as if it were a pickle
 
 
 def images(*shape: int) -> torch.Tensor:
@@ -34,7 +31,7 @@ def randomise(model: nn.Module) -> Any:
 
 def save(model: nn.Module, folder: Path, **model_args) -> str:
     """Save a model as timm's users do, and return a name that loads it. Older timm versions need its arguments."""
-    save_for_hf(model, str(folder), safe_serialization=SAFE, model_args={} if KEEPS_ARGS else model_args)
+    save_for_hf(model, str(folder), safe_serialization=SAFE_FOLDERS, model_args={} if KEEPS_ARGS else model_args)
     return f'local-dir:{folder}'
 
 
@@ -174,7 +171,7 @@ def test_weights_of_the_host(tmp_path) -> None:
 def test_weights_from_a_file(tmp_path) -> None:
     model = randomise(timm.create_model('atac_host', host='test_resnet', num_classes=7))
     save(model, tmp_path)
-    file = tmp_path / ('model.safetensors' if SAFE else 'pytorch_model.bin')
+    file = tmp_path / ('model.safetensors' if SAFE_FOLDERS else 'pytorch_model.bin')
     overlay = {'file': str(file), 'num_classes': 7}
     args: dict[str, Any] = dict(host='test_resnet', num_classes=7, pretrained=True, pretrained_cfg_overlay=overlay)
     again = timm.create_model('atac_host', **args).eval()
@@ -221,7 +218,7 @@ def test_a_host_from_a_folder_is_saved_by_its_name(tmp_path) -> None:
     args = model.replaced_activations.model_args
     assert args['host'] == 'test_resnet'
     assert args['act'] == 'atac'
-    save_for_hf(randomise(model), str(tmp_path / 'whole'), safe_serialization=SAFE, model_args=args)
+    save_for_hf(randomise(model), str(tmp_path / 'whole'), safe_serialization=SAFE_FOLDERS, model_args=args)
     again = timm.create_model(f'local-dir:{tmp_path / "whole"}', pretrained=True).eval()
     x = images()
     with torch.no_grad():
@@ -237,7 +234,7 @@ def test_folders_of_version_0_1(folder, tmp_path) -> None:
     """A stage includes SE, a name of a shared activation is all its places, and a pattern may fit nothing."""
     expected = json.loads((SAVED / folder / 'expected.json').read_text())
     config = json.loads((SAVED / folder / 'config.json').read_text())
-    if folder == 'absent_where' and SAFE:
+    if folder == 'absent_where' and SAFE_FOLDERS:
         model: Any = timm.create_model(f'local-dir:{SAVED / folder}', pretrained=True).eval()
         x = torch.linspace(-1, 1, 3 * 96 * 96).reshape(1, 3, 96, 96)
         with torch.no_grad():

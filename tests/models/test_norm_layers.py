@@ -8,6 +8,7 @@ import pytest
 import timm
 import torch
 import torch.nn as nn
+from timm_versions import needs_safe_folders
 
 import timm_atac
 
@@ -66,6 +67,7 @@ def test_default_is_a_batch_norm(kwargs) -> None:
     assert not model.data_bn.affine and not explicit.data_bn.affine
 
 
+@needs_safe_folders
 @pytest.mark.parametrize('save', [timm.models.save_for_hf, timm_atac.save_for_hf])
 @pytest.mark.parametrize('data_norm_layer', ['', 'groupnorm1', 'batchnorm2d'])
 def test_saved_and_created_again(save, data_norm_layer, tmp_path) -> None:
@@ -79,6 +81,7 @@ def test_saved_and_created_again(save, data_norm_layer, tmp_path) -> None:
     assert torch.equal(again(x), model(x))
 
 
+@needs_safe_folders
 def test_a_config_without_the_argument_still_means_a_batch_norm(tmp_path) -> None:
     with pytest.warns(UserWarning, match=WARNING):
         model: Any = timm.create_model('resnet8_cifar', **GROUP_NORM)

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from timm_versions import needs_safe_folders
 
 import timm_atac
 from timm_atac.weights.convert import to_arrays
@@ -123,6 +124,7 @@ def test_a_replaced_network_that_is_replaced_again(tmp_path) -> None:
     assert identify(read_config(tmp_path), 'cd').name == 'atac_host'
 
 
+@needs_safe_folders
 def test_loading_the_published_file_is_recorded(monkeypatch, tmp_path) -> None:
     """It is forgotten in a model that is created from the saved config without the weights."""
     name = 'atac_resnet8_cifar.cifar10'

@@ -11,6 +11,7 @@ import timm
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from timm_versions import needs_safe_folders
 from torchvision.transforms.functional import to_tensor
 
 import timm_atac
@@ -87,6 +88,7 @@ def test_no_path_is_kept(is_pretrained, tmp_path) -> None:
     assert not has_path(host.pretrained_cfg)
 
 
+@needs_safe_folders
 def test_saved_and_loaded(tmp_path) -> None:
     model = pretrained()
     timm_atac.save_for_hf(model, tmp_path)
