@@ -24,6 +24,7 @@ NAME = 'atac_resnet8_cifar'
 IMAGES = Path(__file__).parents[3] / 'shared' / 'cifar10' / 'cifar10-jpeg.tar.xz'
 # Logits of `pattern()`. They were computed once, by the networks whose accuracy results/results-cifar10.csv has.
 LOGITS = {
+    'atac_resnet14_cifar.cifar10': [2.5091, -4.8343, 1.0928, 5.1838, 2.7463, 2.2348, 2.7192, -5.1894, -1.9436, -4.5756],
     'atac_resnet8_cifar.cifar10': [2.6415, -3.2699, 3.3303, 3.2377, 2.0071, 0.2575, 3.1267, -3.8608, -2.8346, -4.8004],
     'resnet14_cifar.cifar10': [1.7836, -3.9905, 2.6944, 3.7768, 2.4099, 0.6618, 2.1231, -3.1683, -3.1938, -3.1887],
     'resnet20_cifar.cifar10': [4.5105, -2.8793, 2.9075, 6.2761, -0.2475, 1.8453, 3.2782, -6.6759, -4.353, -4.5026],

@@ -52,6 +52,9 @@ PUBLISHED = {
     'resnet14_cifar.cifar10': Published(
         trained=_ON_CIFAR10, tensors='bb632f1a8c02fcb0ef230ede643a790844d37ce42a373855c24b419f6470d23e'
     ),
+    'atac_resnet14_cifar.cifar10': Published(
+        trained=_ON_CIFAR10, tensors='d0960ac68a8c2cf4212bd2f3cf26fd34c738431816cdc155757090276bfa347c'
+    ),
     'resnet20_cifar.cifar10': Published(
         trained=_ON_CIFAR10, tensors='34a13fd54ae79f54788763cb6b66415b3cfc57a68051ab4adebf3ba6023f2a25'
     ),
