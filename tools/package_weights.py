@@ -47,13 +47,13 @@ def main() -> None:
     args = parser.parse_args()
     data = load(CIFAR10_JPEG, 32, args.data_dir, download=False)
     figures = _figures(ROOT / 'results' / 'results-cifar10.csv')
-    for row in read_rows(args.results / 'ablation.csv'):
+    for row in filter(_is_packaged, read_rows(args.results / 'ablation.csv')):
         folder = args.results / row.run.name
-        if _is_packaged(row) and folder.is_dir():
-            line = _package(row, folder, data)
-            figures[line[0]] = line
-        elif _is_packaged(row):
+        if not folder.is_dir():
             print(f'{row.run.name}: left as it is, since {folder} is not there.', file=sys.stderr)
+            continue
+        line = _package(row, folder, data)
+        figures[line[0]] = line
     with replaced_file(ROOT / 'results' / 'results-cifar10.csv') as file:
         lines = [COLUMNS, *sorted(figures.values(), key=lambda line: -float(line[2]))]
         file.write(''.join(f'{",".join(line)}\n' for line in lines).encode())

@@ -15,10 +15,10 @@ import torch
 from packaging.version import Version
 from PIL import Image
 from stock_scripts import CPU_DDP, DIGITS, GREY, MODEL, PIXELS, RGB, SCHEDULE, Run, results, run, train, validate
+from timm_versions import TIMM
 
 pytest.importorskip('sklearn', reason="the digits need the packages of the extra 'ablation'")
 digits = pytest.importorskip('digits')
-TIMM = Version(timm.__version__)
 RECIPE = Path(stock.__file__).with_name('digits.yaml')
 
 
